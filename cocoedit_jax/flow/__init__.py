@@ -1,0 +1,1 @@
+"""Rectified-flow mathematics: noise schedules, deterministic solvers, latent packing."""

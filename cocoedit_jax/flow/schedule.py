@@ -47,7 +47,8 @@ def flow_match_sigmas(
     sigmas = np.linspace(1.0, 1.0 / num_steps, num_steps)
     slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
     shift = math.exp(base_shift + (image_seq_len - base_seq_len) * slope)
-    sigmas = shift / (shift + 1.0 / sigmas - 1.0)
+    # The parentheses make the first level exactly 1, which the second-order solver treats as pure noise.
+    sigmas = shift / (shift + (1.0 / sigmas - 1.0))
     if shift_terminal is not None:
         if not 0.0 < shift_terminal < 1.0:
             raise UserError(f"shift_terminal is {shift_terminal}; expected a noise level in (0, 1)")

@@ -1,11 +1,12 @@
 """Deterministic solvers of the rectified-flow ODE, all written as one linear recurrence.
 
 With ``x0hat_i = z_i - sigma_i * v(z_i, sigma_i)`` every solver here is
-``z_{i+1} = a_i z_i + b_i x0hat_i + c_i x0hat_{i-1}``; the coefficients depend on the noise levels alone and are computed
-on the host in float64.
+``z_{i+1} = a_i z_i + b_i x0hat_i + c_i x0hat_{i-1}``; the coefficients depend on the noise levels alone and are
+computed on the host in float64.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -75,11 +76,27 @@ def solver_coefficients(name: str, sigmas: Sequence[float] | np.ndarray) -> np.n
     return SOLVERS[name](levels)
 
 
+@overload
+def sample(velocity_fn: VelocityFn, z: Array, sigmas: Sequence[float] | np.ndarray, solver: str = ...) -> Array: ...
+
+
+@overload
+def sample(
+    velocity_fn: VelocityFn,
+    z: Array,
+    sigmas: Sequence[float] | np.ndarray,
+    solver: str = ...,
+    *,
+    return_trajectory: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
 def sample(
     velocity_fn: VelocityFn,
     z: Array,
     sigmas: Sequence[float] | np.ndarray,
     solver: str = "dpm2",
+    *,
     return_trajectory: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Integrate the ODE from ``z`` at ``sigmas[0]`` to ``sigmas[-1]``, one velocity call per step.
@@ -110,6 +127,6 @@ def sample(
         return (following, x0_hat), following if return_trajectory else None
 
     (final, _), states = jax.lax.scan(step, (start, jnp.zeros_like(start)), (levels, coefficients))
-    if return_trajectory:
+    if states is not None:
         return final, jnp.concatenate([start[None], states])
     return final

@@ -4,6 +4,7 @@ Host code, float64. A group holds the samples of one record; its members may lie
 differ in size. ``valid`` marks samples whose reward is known: the others enter no statistic and get advantage 0.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ class GroupStatistics(NamedTuple):
     std: Array
 
 
-class _Groups(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Groups:
     index: Array  # [N] number of each sample's group
     valid: Array  # [N] float64, 1 or 0
     count: Array  # [N] valid members of each sample's group

@@ -22,8 +22,7 @@ Array = jax.Array
 MIN_ADAPTIVE_WEIGHT = 1e-5
 
 
-@struct.dataclass
-class ObjectiveInputs:
+class ObjectiveInputs(struct.PyTreeNode):
     """One micro-batch at one timestep per sample. Latents are packed tokens ``[B, n, c]`` (see ``flow.packing``)."""
 
     x0: Array  # sampled latent
@@ -41,13 +40,12 @@ class ObjectiveInputs:
     patch: int = struct.field(pytree_node=False, default=2)  # latent cells per token side
 
 
-@struct.dataclass
-class ObjectiveOutput:
+class ObjectiveOutput(struct.PyTreeNode):
     """Per-sample results, float32 ``[B]``.
 
-    ``terms``: ``policy``, ``ner``, ``er``, ``bg_neg`` and ``kl`` are shares of the loss, weights included, and add up to
-    ``loss``. ``ner_distance``, ``er_distance`` (latent mean squares), ``deviation_old``, ``deviation_ref`` (mean squared
-    velocity differences) and ``x0_error`` (mean square of the trained policy's prediction) are for the log.
+    ``terms``: ``policy``, ``ner``, ``er``, ``bg_neg`` and ``kl`` are shares of the loss, weights included, and add up
+    to ``loss``. ``ner_distance``, ``er_distance`` (latent mean squares), ``deviation_old``, ``deviation_ref`` (mean
+    squared velocity differences) and ``x0_error`` (mean square of the trained policy's x0 error) are for the log.
     """
 
     loss: Array
@@ -147,10 +145,11 @@ def _region_terms(
 def nft_objective(inputs: ObjectiveInputs, cfg: NFTConfig) -> ObjectiveOutput:
     """Policy term, region hinges and KL of every sample.
 
-    ``policy = (r l+ + (1 - r) l-) adv_clip / beta``, where ``l+-`` are mean squares of the implicit policies' x0 errors.
-    The factor ``adv_clip`` undoes the division in the map from advantage to r: at ``v_theta = v_old`` the gradient is the
-    clipped advantage times the gradient of ``l``, for every ``beta`` and ``adv_clip``. With ``r`` per token the policy
-    term is the mean over tokens weighted by ``token_weight``, and the hinges use the mean of r over the edit region.
+    ``policy = (r l+ + (1 - r) l-) adv_clip / beta``, where ``l+-`` are mean squares of the implicit policies' x0
+    errors. The factor ``adv_clip`` undoes the division in the map from advantage to r: at ``v_theta = v_old`` the
+    gradient is the clipped advantage times the gradient of ``l``, for every ``beta`` and ``adv_clip``. With ``r`` per
+    token the policy term is the mean over tokens weighted by ``token_weight``, and the hinges use the mean of r over
+    the edit region (over all tokens where that region is empty).
 
     Raises:
         UserError: when a region weight is not 0 and ``preserve_latent`` is missing, or shapes do not fit.
@@ -207,8 +206,8 @@ def reduce_micro(values: Array, valid: Array) -> Array:
 def reduce_global(values: Array, valid: Array, count: Array | float) -> Array:
     """Sum over the valid samples divided by ``count``, the number of valid samples of the whole step.
 
-    Summed over all micro-batches and devices this is the mean with equal weight for every valid sample; 0 if ``count`` is
-    0. ``values`` and ``valid`` are ``[B]``; the result is a float32 scalar.
+    Summed over all micro-batches and devices this is the mean with equal weight for every valid sample; 0 if ``count``
+    is 0. ``values`` and ``valid`` are ``[B]``; the result is a float32 scalar.
     """
     kept = jnp.where(valid.astype(jnp.float32) > 0, values.astype(jnp.float32), 0.0)
     return kept.sum() / jnp.maximum(jnp.asarray(count, jnp.float32), 1.0)

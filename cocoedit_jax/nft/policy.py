@@ -13,8 +13,8 @@ Tree = TypeVar("Tree")
 def old_policy_decay(step: int, decay_type: int) -> float:
     """Share of itself that the old policy keeps after optimizer step ``step`` (counted from 1).
 
-    Type 0: 0, the old policy is always the trained one. Type 1: ``min(0.001 n, 0.5)``. Type 2: 0 before ``n = 75``, then
-    ``min(0.0075 (n - 75), 0.999)``. Schedules of DiffusionNFT's released code (arXiv 2509.16117).
+    Type 0: 0, the old policy is always the trained one. Type 1: ``min(0.001 n, 0.5)``. Type 2: 0 before ``n = 75``,
+    then ``min(0.0075 (n - 75), 0.999)``. Schedules of DiffusionNFT's released code (arXiv 2509.16117).
 
     Raises:
         UserError: for an unknown ``decay_type``.
@@ -40,5 +40,5 @@ def blend(old: Tree, theta: Tree, decay: jax.Array | float) -> Tree:
 
 
 def ema_decay(step: int, cap: float = 0.9) -> float:
-    """Decay of the evaluation average after optimizer step ``step``: ``min((1 + n) / (10 + n), cap)`` (released code)."""
+    """Decay of the evaluation average after step ``n``, counted from 1: ``min((1 + n) / (10 + n), cap)``."""
     return min((1 + step) / (10 + step), cap)

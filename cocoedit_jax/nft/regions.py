@@ -1,7 +1,7 @@
 """Soft region weights at latent resolution: erosion, the ring between the regions, weighted distances.
 
-The erosion-and-ring construction is the released code's; with radius 0 the weights are the plain down-sampled mask of the
-paper (arXiv 2602.14068).
+The erosion-and-ring construction is the released code's; with radius 0 the weights are the plain down-sampled mask of
+the paper (arXiv 2602.14068).
 """
 
 import jax

@@ -36,7 +36,7 @@ def blend(
     known = np.ones(size, bool)
     total = np.zeros(size)
     for name, weight in used.items():
-        flag = np.asarray(flags[name], bool) if name in flags else np.ones(size, bool)
+        flag = np.asarray(flags[name]).astype(bool) if name in flags else np.ones(size, bool)
         if scores[name].shape != (size,) or flag.shape != (size,):
             raise UserError(
                 f"reward {name!r} has shape {scores[name].shape}, validity {flag.shape}; expected ({size},) for both"

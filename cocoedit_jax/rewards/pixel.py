@@ -22,8 +22,7 @@ MIN_MSE = 1e-8  # PSNR stops at 80 dB
 MIN_SUPPORT = 0.5  # share of the Gaussian window that must lie on pixels to keep
 
 
-@struct.dataclass
-class PixelReward:
+class PixelReward(struct.PyTreeNode):
     """Per-sample results ``[B]``. ``mse``, ``psnr`` (dB) and ``ssim`` are NaN where there is no pixel to keep."""
 
     score: Array  # [0, 1]; 0 where there is no pixel to keep
@@ -120,7 +119,7 @@ def masked_ssim(image: Array, reference: Array, preserve_mask: Array, variant: s
 
     weight = mask
     if variant == "correct":
-        supported = mask * (support[..., 0] >= MIN_SUPPORT)
+        supported = jnp.where(support[..., 0] >= MIN_SUPPORT, mask, 0.0)
         weight = jnp.where(supported.sum(axis=(1, 2), keepdims=True) > 0, supported, mask)
     total = weight.sum(axis=(1, 2))
     mean = (ssim * weight).sum(axis=(1, 2)) / jnp.maximum(total, 1.0)

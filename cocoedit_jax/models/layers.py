@@ -1,0 +1,202 @@
+"""Layers that every transformer here shares: linear with LoRA, AdaLN modulation, RMSNorm, RoPE, MLP, joint attention.
+
+Kernels are ``[in, out]``. The second entry of each ``axes`` tuple names the output dimension. Logical axis names are
+mapped to mesh axes by the one table in ``cocoedit_jax.sharding.rules``.
+
+A LoRA adapter is not part of a module's parameters: it is a second variable collection, ``lora``, with the same module
+paths. Applying a model without that collection gives the base model, so the reference policy costs no second copy.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from cocoedit_jax.models.attention import attention
+
+Array = jax.Array
+Dtype = Any
+
+LORA = "lora"
+
+
+class Linear(nn.Module):
+    """``y = x W + b (+ x A B when an adapter is present)``; the adapter's alpha/rank is folded into B by the caller."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            (x.shape[-1], self.features),
+            self.dtype,
+        )
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param(
+                "bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)), (self.features,), self.dtype
+            )
+            y = y + bias.astype(self.dtype)
+        if self.has_variable(LORA, "lora_A"):
+            lora_a = self.get_variable(LORA, "lora_A").astype(self.dtype)
+            lora_b = self.get_variable(LORA, "lora_B").astype(self.dtype)
+            y = y + (x @ lora_a) @ lora_b
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned weight; statistics in float32."""
+
+    eps: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],), self.dtype
+        )
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: Array, eps: float = 1e-6) -> Array:
+    """Layer norm without affine parameters; statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    return ((x32 - mean) * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """``x (1 + scale) + shift`` for tokens ``[B, S, D]`` and per-sample ``shift``, ``scale`` ``[B, D]``."""
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+class Modulation(nn.Module):
+    """``num_chunks`` modulation vectors ``[B, D]`` from the conditioning vector: ``split(Linear(SiLU(temb)))``."""
+
+    num_chunks: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, temb: Array) -> list[Array]:
+        # Zero start (AdaLN-Zero): every block is the identity before training.
+        out = Linear(
+            self.num_chunks * self.features,
+            ("embed", "modulation"),
+            dtype=self.dtype,
+            kernel_init=nn.initializers.zeros,
+            name="linear",
+        )(nn.silu(temb))
+        return jnp.split(out, self.num_chunks, axis=-1)
+
+
+def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10_000.0) -> Array:
+    """Sinusoidal features ``[B, dim]`` of a scalar ``[B]``, cosines first, always in float32.
+
+    float32 because bf16 has 8 significant bits: t * 1000 would collapse neighbouring timesteps onto one another.
+    """
+    half = dim // 2
+    frequencies = jnp.asarray(np.exp(-np.log(max_period) * np.arange(half) / half), jnp.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class EmbedMLP(nn.Module):
+    """Linear -> SiLU -> Linear, as diffusers' TimestepEmbedding and PixArtAlphaTextProjection."""
+
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = Linear(self.features, (None, "embed"), dtype=self.dtype, name="linear_1")(x)
+        return Linear(self.features, ("embed", None), dtype=self.dtype, name="linear_2")(nn.silu(h))
+
+
+class FeedForward(nn.Module):
+    """Linear to ``hidden`` -> tanh-GELU -> Linear back."""
+
+    features: int
+    hidden: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = Linear(self.hidden, ("embed", "mlp"), dtype=self.dtype, name="net.0.proj")(x)
+        return Linear(self.features, ("mlp", "embed"), dtype=self.dtype, name="net.2")(nn.gelu(h, approximate=True))
+
+
+def rope_table(ids: np.ndarray, axes_dims: tuple[int, ...], theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rotary cosines and sines, ``[S, sum(axes_dims) / 2]`` each, for integer positions ``ids`` ``[S, len(axes_dims)]``.
+
+    Computed on the host in float64 (positions are static), returned as float32.
+    """
+    ids = np.asarray(ids, np.float64)
+    angles = [
+        ids[:, i : i + 1] * theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)[None, :]
+        for i, dim in enumerate(axes_dims)
+    ]
+    table = np.concatenate(angles, axis=-1)
+    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates adjacent feature pairs of ``x`` ``[B, S, H, D]`` by the angles of ``cos``, ``sin`` ``[S, D / 2]``, in float32."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+class JointAttention(nn.Module):
+    """Self-attention over one stream, or over [text, image] with separate projections for the text stream.
+
+    With ``context=None`` (FLUX single blocks) there is one set of projections and no output projection; otherwise the
+    text stream has its own ``add_*`` projections and both outputs are projected (MMDiT double blocks).
+    """
+
+    num_heads: int
+    head_dim: int
+    dtype: Dtype = jnp.float32
+    backend: str = "auto"
+
+    def _project(self, x: Array, names: tuple[str, str, str], norms: tuple[str, str]) -> tuple[Array, Array, Array]:
+        features = self.num_heads * self.head_dim
+        q, k, v = (
+            Linear(features, ("embed", "heads"), dtype=self.dtype, name=name)(x).reshape(
+                *x.shape[:-1], self.num_heads, self.head_dim
+            )
+            for name in names
+        )
+        return RMSNorm(dtype=self.dtype, name=norms[0])(q), RMSNorm(dtype=self.dtype, name=norms[1])(k), v
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array | None, rope: tuple[Array, Array]) -> tuple[Array, Array | None]:
+        features = self.num_heads * self.head_dim
+        q, k, v = self._project(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        if context is not None:
+            cq, ck, cv = self._project(
+                context, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            )
+            q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((cq, q), (ck, k), (cv, v)))
+        out = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, backend=self.backend)
+        out = out.reshape(*out.shape[:2], features)
+        if context is None:
+            return out, None
+        n_context = context.shape[1]
+        out_x = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_out.0")(out[:, n_context:])
+        out_context = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_add_out")(out[:, :n_context])
+        return out_x, out_context

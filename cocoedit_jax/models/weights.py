@@ -1,0 +1,118 @@
+"""Parameter trees <-> safetensors files with diffusers' tensor names.
+
+The names in our trees are diffusers' own, so the map is mechanical: stacked blocks are unstacked into numbered ones,
+``kernel [in, out]`` becomes ``weight [out, in]`` and a norm's ``scale`` becomes ``weight``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from cocoedit_jax.errors import UserError
+
+# Collections of blocks that are stacked along a leading layer axis.
+STACKED = ("transformer_blocks", "single_transformer_blocks")
+
+
+def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested dict -> {path: leaf}."""
+    out: dict[tuple[str, ...], Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            out |= flatten(value, (*prefix, name))
+        else:
+            out[(*prefix, name)] = value
+    return out
+
+
+def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """{path: leaf} -> nested dict."""
+    out: dict[str, Any] = {}
+    for path, value in flat.items():
+        node = out
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = value
+    return out
+
+
+def _tensor_name(path: tuple[str, ...], layer: int | None) -> str:
+    *module, leaf = path
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    if layer is not None:
+        module.insert(1, str(layer))
+    return ".".join((*module, leaf))
+
+
+def _tensor_specs(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]]:
+    """Diffusers name -> (path here, layer index or None, shape in the file)."""
+    specs = {}
+    for path, leaf in flatten(tree).items():
+        stacked = path[0] in STACKED
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        if path[-1] == "kernel":
+            shape = shape[::-1]
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            specs[_tensor_name(path, layer)] = (path, layer, tuple(shape))
+    return specs
+
+
+def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Tensors under their diffusers names, in torch layout."""
+    flat = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(params).items()}
+    out = {}
+    for name, (path, layer, _) in _tensor_specs(params).items():
+        leaf = flat[path] if layer is None else flat[path][layer]
+        out[name] = np.ascontiguousarray(leaf.T if path[-1] == "kernel" else leaf)
+    return out
+
+
+def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A tree shaped like ``abstract`` (arrays or ShapeDtypeStructs) filled with ``tensors``.
+
+    Raises:
+        UserError: naming every missing, unexpected and wrong-shape tensor of ``source`` together.
+    """
+    specs = _tensor_specs(abstract)
+    problems = [f"missing: {name} {shape}" for name, (_, _, shape) in specs.items() if name not in tensors]
+    problems += [f"unexpected: {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in specs]
+    problems += [
+        f"wrong shape: {name} {tuple(tensors[name].shape)}, expected {shape}"
+        for name, (_, _, shape) in specs.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if problems:
+        raise UserError(f"{source}: {len(problems)} tensor(s) do not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    layers: dict[tuple[str, ...], list[np.ndarray]] = {}
+    for name, (path, _, _) in specs.items():
+        tensor = tensors[name]
+        layers.setdefault(path, []).append(tensor.T if path[-1] == "kernel" else tensor)
+    flat = {}
+    for path, leaf in flatten(abstract).items():
+        value = np.stack(layers[path]) if path[0] in STACKED else layers[path][0]
+        flat[path] = jnp.asarray(value, leaf.dtype)
+    return unflatten(flat)
+
+
+def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes ``path`` atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, {"format": "pt", **(metadata or {})})
+    temporary.replace(path)
+
+
+def load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors and the header's metadata. Raises UserError when the file is absent or not safetensors."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a .safetensors file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error

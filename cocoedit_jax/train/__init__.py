@@ -1,0 +1,1 @@
+"""Rollout, optimizer step, training loop, checkpoints, telemetry and the report."""

@@ -1,0 +1,1 @@
+"""One file per command; run as ``python -m launch.NAME``."""

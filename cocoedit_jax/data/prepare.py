@@ -1,0 +1,127 @@
+"""Writes data folders in the CoCoEdit-40K layout, all or nothing, and checks existing ones."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cocoedit_jax.data.images import Framing
+from cocoedit_jax.data.records import METADATA, read_records
+from cocoedit_jax.data.scenes import OPERATIONS, render_batch, sample_specs
+from cocoedit_jax.errors import UserError
+
+_CHUNK = 256
+_OWN_ENTRIES = {METADATA, "images", "masks"}
+
+
+def write_scenes(
+    out: Path | str,
+    num: int,
+    size: int = 48,
+    seed: int = 0,
+    *,
+    operations: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write `num` procedural scenes of `size` px to the folder `out`; returns its path.
+
+    The records carry id, prompt, image, mask (white = keep), edit_type and scene (see `SceneSpec.to_json`). The same
+    arguments give the same files. The folder appears complete or not at all. Raises UserError when `out` is not empty
+    and `overwrite` is off, or holds anything that is not a data folder.
+    """
+    if size < 16 or size % 2:
+        raise UserError(f"size: {size} px given, expected an even number >= 16")
+    unknown = sorted(set(operations) - set(OPERATIONS))
+    if unknown:
+        raise UserError(f"operations: unknown {', '.join(unknown)}, expected some of {', '.join(OPERATIONS)}")
+
+    def fill(folder: Path) -> None:
+        rng = np.random.default_rng(seed)
+        (folder / "images").mkdir()
+        (folder / "masks").mkdir()
+        with (folder / METADATA).open("w", encoding="utf-8") as metadata, tqdm(total=num, unit="scene") as bar:
+            for start in range(0, num, _CHUNK):
+                specs = sample_specs(rng, min(_CHUNK, num - start), operations or OPERATIONS)
+                batch = render_batch(specs, size)
+                for offset, spec in enumerate(specs):
+                    name = f"{start + offset:06d}.png"
+                    pixels = np.rint(batch.source[offset] * 255).astype(np.uint8)
+                    keep = np.rint((1 - batch.edit_mask[offset]) * 255).astype(np.uint8)
+                    Image.fromarray(pixels).save(folder / "images" / name)
+                    Image.fromarray(keep).save(folder / "masks" / name)
+                    record = {
+                        "id": f"scene-{size}-{seed}-{start + offset:06d}",
+                        "prompt": spec.instruction,
+                        "image": f"images/{name}",
+                        "mask": f"masks/{name}",
+                        "edit_type": spec.operation,
+                        "scene": spec.to_json(),
+                    }
+                    metadata.write(json.dumps(record) + "\n")
+                bar.update(len(specs))
+
+    return write_folder(Path(out), fill, overwrite=overwrite)
+
+
+def write_folder(out: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """Let `fill` write into a temporary folder beside `out`, then rename it to `out`."""
+    _refuse_foreign(out, overwrite)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside `out`, because a rename is atomic only within one file system.
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            fresh = Path(scratch) / "new"
+            fresh.mkdir()
+            fill(fresh)
+            old = Path(scratch) / "old"
+            if out.exists():
+                out.rename(old)
+            try:
+                fresh.rename(out)
+            except OSError:
+                if old.exists():
+                    old.rename(out)
+                raise
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}") from error
+    return out
+
+
+def _refuse_foreign(out: Path, overwrite: bool) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UserError(f"{out}: exists and is not a folder; expected a new name or a data folder")
+    if not out.exists():
+        return
+    entries = sorted(entry.name for entry in out.iterdir())
+    foreign = [name for name in entries if name not in _OWN_ENTRIES]
+    if entries and not overwrite:
+        raise UserError(f"{out}: the folder is not empty; give another name, or --overwrite to replace it")
+    if foreign or (entries and METADATA not in entries):
+        # Overwriting deletes the folder, so only one that this program could have written qualifies.
+        raise UserError(
+            f"{out}: will not be replaced: {', '.join(foreign[:3]) or 'its content'} does not belong to a data folder"
+        )
+
+
+def check_folder(root: Path | str, resolution: int, crop: str = "center", limit: int = 20) -> str:
+    """The summary of `read_records` with a progress bar; raises UserError with the summary if anything is wrong."""
+    with tqdm(unit="record") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = read_records(root, Framing(resolution, crop), limit=limit, progress=progress)
+    lines = [found.summary(limit)]
+    if crop == "buckets":
+        for number, (height, width) in enumerate(found.framing.sizes):
+            count = sum(record.bucket == number for record in found.records)
+            if count:
+                lines.append(f"  {width}x{height} px: {count} records")
+    return "\n".join(lines)

@@ -1,0 +1,245 @@
+"""Editing records in the CoCoEdit-40K layout, checked as a whole before training.
+
+DIR/metadata.jsonl holds one JSON object per line: `prompt`, `image`, `mask` (paths relative to DIR; mask white = keep),
+optionally `id` and `edit_type`; all other fields pass through as `extra`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from PIL import Image
+
+from cocoedit_jax.data.images import DataFault, Framing, load_pair, nearest_bucket
+from cocoedit_jax.errors import UserError
+
+METADATA = "metadata.jsonl"
+_KNOWN_FIELDS = ("id", "prompt", "image", "mask", "edit_type")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One editing task. `bucket` indexes `Framing.sizes`; `line` counts from 1 in the metadata file."""
+
+    id: str
+    prompt: str
+    image: Path
+    mask: Path
+    edit_type: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    line: int = 0
+    bucket: int = 0
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a line cannot be used. `kind` is one of a small set of words to count by."""
+
+    line: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """The usable records of a folder, in file order, and the faults of the others."""
+
+    root: Path
+    framing: Framing
+    records: tuple[Record, ...]
+    faults: tuple[Fault, ...]
+
+    def summary(self, limit: int = 20) -> str:
+        """Counts by kind, then up to `limit` faults with their line numbers."""
+        lines = len({fault.line for fault in self.faults})
+        total = len(self.records) + lines
+        if not self.faults:
+            return f"{self.root / METADATA}: all {total} records are usable"
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(f.kind for f in self.faults).most_common())
+        text = [f"{self.root / METADATA}: {lines} of {total} records cannot be used: {kinds}"]
+        text += [f"  line {fault.line}: {fault.kind}: {fault.message}" for fault in self.faults[:limit]]
+        if len(self.faults) > limit:
+            text.append(f"  ... and {len(self.faults) - limit} more")
+        return "\n".join(text)
+
+
+def read_records(
+    root: Path | str,
+    framing: Framing,
+    *,
+    strict: bool = True,
+    limit: int = 20,
+    min_bucket_records: int = 1,
+    num_threads: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> RecordSet:
+    """Read and check every record of the folder `root`, decoding every image and mask once.
+
+    strict: any fault raises UserError with the summary (`limit` faults listed); otherwise faulty records are left out
+    and can be counted in `faults`. A folder without metadata or without one usable record raises UserError in any case.
+    With crop="buckets", buckets of fewer than `min_bucket_records` records are given up and their records take the
+    nearest other bucket. `progress(done, total)` is called as records are checked.
+    """
+    root = Path(root)
+    path = root / METADATA
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a data folder holds {METADATA} and the images and masks it names")
+    candidates, faults = _parse(root, path)
+    usable: list[Record] = []
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(max(1, num_threads)) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # report such files instead of reading them
+        results = pool.map(lambda record: _check_images(record, framing), candidates)
+        for done, result in enumerate(results, start=1):
+            if isinstance(result, Record):
+                usable.append(result)
+            else:
+                faults.append(result)
+            if progress is not None:
+                progress(done, len(candidates))
+    if framing.crop == "buckets" and min_bucket_records > 1:
+        moved = _merge_buckets([record.bucket for record in usable], framing, min_bucket_records)
+        checked = [
+            record if record.bucket == bucket else _check_images(record, framing, bucket)
+            for record, bucket in zip(usable, moved, strict=True)
+        ]
+        usable = [result for result in checked if isinstance(result, Record)]
+        faults += [result for result in checked if isinstance(result, Fault)]
+    faults.sort(key=lambda fault: fault.line)
+    found = RecordSet(root, framing, tuple(usable), tuple(faults))
+    if faults and (strict or not usable):
+        raise UserError(found.summary(limit))
+    if not usable:
+        raise UserError(f"{path}: empty file, expected one JSON object per line")
+    return found
+
+
+def record_id(image: str, prompt: str) -> str:
+    """The id of a record that states none: the same in every run and on every machine."""
+    return hashlib.sha256(f"{image}\0{prompt}".encode()).hexdigest()[:16]
+
+
+def is_held_out(record: Record, fraction: float) -> bool:
+    """Whether a record belongs to the held-out part: a hash of its id, so other records do not change the answer."""
+    digest = hashlib.sha256(f"held-out\0{record.id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
+
+
+def split_records(records: Iterable[Record], held_out_fraction: float) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """(training, held-out) records; about `held_out_fraction` in [0, 1) of them are held out."""
+    if not 0.0 <= held_out_fraction < 1.0:
+        raise UserError(f"held_out_fraction: {held_out_fraction} given, expected a number in [0, 1)")
+    train: list[Record] = []
+    held_out: list[Record] = []
+    for record in records:
+        (held_out if is_held_out(record, held_out_fraction) else train).append(record)
+    return tuple(train), tuple(held_out)
+
+
+def _parse(root: Path, path: Path) -> tuple[list[Record], list[Fault]]:
+    records: list[Record] = []
+    faults: list[Fault] = []
+    first_line: dict[str, int] = {}
+    resolved = root.resolve()
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                # The first line may carry a byte order mark; blank lines (a trailing newline) are no records.
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                record = _parse_line(root, resolved, text, number)
+            except UnicodeDecodeError as error:
+                faults.append(Fault(number, "broken JSON", f"not UTF-8 text ({error.reason} at byte {error.start})"))
+                continue
+            except DataFault as fault:
+                faults.append(Fault(number, fault.kind, str(fault)))
+                continue
+            if record.id in first_line:
+                where = first_line[record.id]
+                faults.append(Fault(number, "duplicate id", f"id {record.id!r} was used on line {where}"))
+                continue
+            first_line[record.id] = number
+            records.append(record)
+    return records, faults
+
+
+def _parse_line(root: Path, resolved: Path, text: str, number: int) -> Record:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataFault("broken JSON", str(error)) from error
+    if not isinstance(data, dict):
+        raise DataFault("wrong type", f"a JSON {type(data).__name__}, expected an object with fields")
+    missing = [name for name in ("prompt", "image", "mask") if name not in data]
+    if missing:
+        raise DataFault("missing field", ", ".join(missing))
+    for name in ("prompt", "image", "mask"):
+        if not isinstance(data[name], str) or not data[name].strip():
+            raise DataFault("wrong type", f"field {name!r} is {data[name]!r}, expected a non-empty string")
+    identity = data.get("id")
+    if isinstance(identity, bool) or not isinstance(identity, str | int | None) or identity == "":
+        raise DataFault("wrong type", f"field 'id' is {identity!r}, expected a string or a whole number")
+    edit_type = data.get("edit_type")
+    if not isinstance(edit_type, str | None):
+        raise DataFault("wrong type", f"field 'edit_type' is {edit_type!r}, expected a string")
+    return Record(
+        id=record_id(data["image"], data["prompt"]) if identity is None else str(identity),
+        prompt=data["prompt"],
+        image=_inside(root, resolved, data["image"], "image"),
+        mask=_inside(root, resolved, data["mask"], "mask"),
+        edit_type=edit_type,
+        extra={name: value for name, value in data.items() if name not in _KNOWN_FIELDS},
+        line=number,
+    )
+
+
+def _inside(root: Path, resolved: Path, name: str, role: str) -> Path:
+    """Path below `root`; refuses absolute paths, "..", and links that lead out of the folder."""
+    parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive
+    try:
+        outside = absolute or ".." in parts or not (root / name).resolve().is_relative_to(resolved)
+    except (OSError, ValueError) as error:  # a loop of links, a null byte
+        raise DataFault("path outside", f"{role} {name!r}: {error}") from error
+    if outside:
+        raise DataFault("path outside", f"{role} {name!r} leads out of the data folder")
+    return root / name
+
+
+def _check_images(record: Record, framing: Framing, bucket: int | None = None) -> Record | Fault:
+    """The record with its bucket, or what is wrong with its image or mask."""
+    try:
+        _, edit_mask, bucket = load_pair(record.image, record.mask, framing, bucket)
+    except DataFault as fault:
+        return Fault(record.line, fault.kind, str(fault))
+    share = float(edit_mask.mean())
+    if 0.0 < share < 1.0:
+        return replace(record, bucket=bucket)
+    what = "no pixel may change" if share == 0.0 else "every pixel may change"
+    height, width = framing.sizes[bucket]
+    message = f"mask {record.mask.name!r}: {what} (white = keep; after the crop to {width}x{height} px)"
+    return Fault(record.line, "degenerate mask", message)
+
+
+def _merge_buckets(buckets: Sequence[int], framing: Framing, minimum: int) -> list[int]:
+    """Empty the smallest bucket into its nearest neighbour until every bucket has `minimum` records or one is left."""
+    counts, place = Counter(buckets), {bucket: bucket for bucket in buckets}
+    while len(counts) > 1:
+        smallest = min(counts, key=lambda bucket: (counts[bucket], bucket))
+        if counts[smallest] >= minimum:
+            break
+        count = counts.pop(smallest)
+        others = sorted(counts)
+        into = others[nearest_bucket(*framing.sizes[smallest], [framing.sizes[other] for other in others])]
+        counts[into] += count
+        place = {bucket: into if current == smallest else current for bucket, current in place.items()}
+    return [place[bucket] for bucket in buckets]

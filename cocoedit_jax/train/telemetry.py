@@ -245,5 +245,5 @@ def progress(
             options["total"] = initial + len(work)  # pyright: ignore[reportArgumentType]
     if terminal:
         return tqdm(**options)
-    return _LogLines(**options, mininterval=every, maxinterval=every, ascii=True, bar_format="{desc}: {n_fmt}/{total_fmt} "
-                     "[{elapsed} gone, {remaining} left, {rate_fmt}{postfix}]")  # fmt: skip
+    layout = "{desc}: {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} left, {rate_fmt}{postfix}]"
+    return _LogLines(**options, mininterval=every, maxinterval=every, ascii=True, bar_format=layout)

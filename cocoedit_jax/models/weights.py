@@ -1,9 +1,11 @@
 """Parameter trees <-> safetensors files with diffusers' tensor names.
 
 The names in our trees are diffusers' own, so the map is mechanical: stacked blocks are unstacked into numbered ones,
-``kernel [in, out]`` becomes ``weight [out, in]`` and a norm's ``scale`` becomes ``weight``.
+``kernel [in, out]`` becomes ``weight [out, in]`` and a norm's ``scale`` becomes ``weight``. Adapter trees go the same
+way: ``lora_A [in, r]`` becomes ``lora_A.weight [r, in]``.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from cocoedit_jax.errors import UserError
 
 # Collections of blocks that are stacked along a leading layer axis.
 STACKED = ("transformer_blocks", "single_transformer_blocks")
+# Leaves that torch stores transposed, and leaves with another name there.
+_TRANSPOSED = ("kernel", "lora_A", "lora_B")
+_LEAF_NAMES = {"kernel": "weight", "scale": "weight", "lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
 
 def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -42,12 +47,25 @@ def unflatten(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     return out
 
 
+def module_name(path: tuple[str, ...], layer: int | None) -> str:
+    """Diffusers name of the module at ``path``; ``layer`` is its index in a stack of blocks, or None outside one."""
+    return ".".join(path if layer is None else (path[0], str(layer), *path[1:]))
+
+
+def module_path(name: str) -> tuple[tuple[str, ...], int | None]:
+    """Inverse of ``module_name``. An index inside a block belongs to the module before it (``to_out.0``, ``net.2``)."""
+    stack, _, rest = name.partition(".")
+    head, layer = (), None
+    if stack in STACKED:
+        index, _, name = rest.partition(".")
+        if not index.isdecimal():
+            raise ValueError(f"module name {stack}.{rest!r}: expected a layer index after {stack!r}")
+        head, layer = (stack,), int(index)
+    return (*head, *re.findall(r"net\.\d+(?:\.proj)?(?=\.|$)|[^.]+(?:\.\d+)?(?=\.|$)", name)), layer
+
+
 def _tensor_name(path: tuple[str, ...], layer: int | None) -> str:
-    *module, leaf = path
-    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
-    if layer is not None:
-        module.insert(1, str(layer))
-    return ".".join((*module, leaf))
+    return f"{module_name(path[:-1], layer)}.{_LEAF_NAMES.get(path[-1], path[-1])}".lstrip(".")
 
 
 def _tensor_specs(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]]:
@@ -56,7 +74,7 @@ def _tensor_specs(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], i
     for path, leaf in flatten(tree).items():
         stacked = path[0] in STACKED
         shape = leaf.shape[1:] if stacked else leaf.shape
-        if path[-1] == "kernel":
+        if path[-1] in _TRANSPOSED:
             shape = shape[::-1]
         for layer in range(leaf.shape[0]) if stacked else (None,):
             specs[_tensor_name(path, layer)] = (path, layer, tuple(shape))
@@ -69,7 +87,7 @@ def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     out = {}
     for name, (path, layer, _) in _tensor_specs(params).items():
         leaf = flat[path] if layer is None else flat[path][layer]
-        out[name] = np.ascontiguousarray(leaf.T if path[-1] == "kernel" else leaf)
+        out[name] = np.ascontiguousarray(leaf.T if path[-1] in _TRANSPOSED else leaf)
     return out
 
 
@@ -92,7 +110,7 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any
     layers: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, (path, _, _) in specs.items():
         tensor = tensors[name]
-        layers.setdefault(path, []).append(tensor.T if path[-1] == "kernel" else tensor)
+        layers.setdefault(path, []).append(tensor.T if path[-1] in _TRANSPOSED else tensor)
     flat = {}
     for path, leaf in flatten(abstract).items():
         value = np.stack(layers[path]) if path[0] in STACKED else layers[path][0]

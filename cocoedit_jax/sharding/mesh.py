@@ -1,0 +1,47 @@
+"""The device mesh: four named axes, always all four, so that every specification can name any of them."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cocoedit_jax.errors import UserError
+
+DATA = "data"  # samples; manual in the optimizer step
+AXES = (DATA, "fsdp", "context", "tensor")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over ``devices`` (default: all). One size may be -1: it takes what the others leave.
+
+    Raises:
+        UserError: unknown axis, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    unknown = sorted(set(sizes) - set(AXES))
+    if unknown:
+        raise UserError(f"mesh: unknown axis {unknown[0]!r}; expected some of {AXES}")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    fixed = math.prod(size for size in shape if size != -1)
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape) or len(devices) % fixed:
+        raise UserError(
+            f"mesh: {dict(zip(AXES, shape, strict=True))} does not fit {len(devices)} device(s); "
+            "expected sizes whose product is that number, at most one of them -1"
+        )
+    shape = [len(devices) // fixed if size == -1 else size for size in shape]
+    if math.prod(shape) != len(devices):
+        raise UserError(f"mesh: {dict(zip(AXES, shape, strict=True))} uses {math.prod(shape)} of {len(devices)} devices")
+    # axis_types is stated because constructors disagree on the default.
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The sharding of an array whose dimension ``axis`` counts samples."""
+    return NamedSharding(mesh, PartitionSpec(*([None] * axis), DATA))

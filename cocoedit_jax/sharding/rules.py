@@ -1,0 +1,38 @@
+"""The one table from logical axis names, written beside each weight, to mesh axes."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str, str | None] = {
+    "layers": None,  # scanned: every device needs every layer in turn
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "modulation": "tensor",
+}
+
+
+def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The mesh axes of one array; a dimension that its mesh axis does not divide stays whole.
+
+    Raises:
+        KeyError: a logical name that is not in ``RULES``.
+    """
+    axes = [None if name is None else RULES[name] for name in names]
+    return PartitionSpec(
+        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True))
+    )
+
+
+def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree of boxed parameters (``eval_shape`` of ``editor.init``); unboxed leaves are replicated."""
+
+    def leaf(x: Any) -> NamedSharding:
+        if isinstance(x, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, partition_spec(x.names, x.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

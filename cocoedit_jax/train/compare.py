@@ -1,0 +1,104 @@
+"""Several presets and seeds from one base, evaluated on the same fresh scenes."""
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import grain
+from ml_collections import ConfigDict
+
+from cocoedit_jax.data.images import Framing
+from cocoedit_jax.data.prepare import write_scenes
+from cocoedit_jax.data.records import Record, read_records
+from cocoedit_jax.data.source import record_dataset
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models import lora
+from cocoedit_jax.train.evaluate import Evaluation, Evaluator
+from cocoedit_jax.train.loop import before_after, train
+from cocoedit_jax.train.report import comparison_report
+from cocoedit_jax.train.setup import Setup, build
+from cocoedit_jax.train.telemetry import progress
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("comparison_config", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--config={path}: no such configuration file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _fresh_scenes(out: Path, config: ConfigDict, scenes: int, seed: int) -> tuple[grain.MapDataset, tuple[Record, ...]]:
+    folder = out / f"scenes_{seed}_{scenes}"
+    framing = Framing(config.data.resolution, config.data.crop, divisor=16)
+    if not folder.exists():
+        write_scenes(folder, scenes, config.data.resolution, seed=seed)
+    records = read_records(folder, framing).records
+    return record_dataset(records, framing), records
+
+
+def _evaluate(setup: Setup, adapter: Any, scenes: tuple[grain.MapDataset, tuple[Record, ...]], desc: str) -> Evaluation:
+    setup.held_out, setup.held_out_records = scenes
+    with progress(len(scenes[1]), desc, "scene") as bar:
+        return Evaluator(setup)(None if adapter is None else lora.fold_scale(adapter, setup.lora), len(scenes[1]), bar.update)
+
+
+def compare(
+    config_path: Path,
+    overrides: Mapping[str, Any],
+    presets: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    scenes: int,
+    scene_seed: int,
+) -> dict[str, Any]:
+    """Trains every preset with every seed under ``out/PRESET/seed_N`` and writes ``comparison.json``, ``table.md``,
+    ``report.html`` and, for each preset, a picture.
+
+    The fresh scenes have their own seed: no run trains or is chosen on them. Runs that are finished are not repeated.
+
+    Raises:
+        UserError: an unknown preset, or anything ``build`` and ``train`` refuse.
+    """
+    get_config = _load(config_path).get_config
+    out.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"scenes": scenes, "presets": {name: {"seeds": {}} for name in presets}}
+    configs = {(name, seed): _configure(get_config, name, seed, overrides) for name in presets for seed in seeds}
+    base: Evaluation | None = None
+    for (name, seed), config in configs.items():
+        run_dir = out / name / f"seed_{seed}"
+        setup = build(config)
+        fresh = _fresh_scenes(out, config, scenes, scene_seed)
+        if not (run_dir / "evaluation.json").is_file():
+            train(setup, run_dir, resume=(run_dir / "config.json").is_file())
+            if not (run_dir / "evaluation.json").is_file():
+                raise UserError(f"{run_dir}: stopped before its end; run the same command again to continue")
+        adapter, _ = lora.load_lora(run_dir / "lora" / f"step_{config.train.steps:06d}")
+        if base is None:
+            base = _evaluate(setup, None, fresh, "fresh scenes, base")
+        trained = _evaluate(setup, adapter, fresh, f"fresh scenes, {name} seed {seed}")
+        result["base"] = base.summary()
+        result["presets"][name]["seeds"][str(seed)] = {
+            "trained": trained.summary(),
+            "difference": trained.difference(base),
+        }
+        _write_picture(out / f"{name}_seed_{seed}.png", base, trained)
+        (out / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+    comparison_report(result, out / "report.html")
+    return result
+
+
+def _configure(get_config: Any, name: str, seed: int, overrides: Mapping[str, Any]) -> ConfigDict:
+    config = get_config(name)
+    config.update_from_flattened_dict({**overrides, "seed": seed})
+    return config
+
+
+def _write_picture(path: Path, base: Evaluation, trained: Evaluation) -> None:
+    from PIL import Image
+
+    Image.fromarray(before_after(base, trained)).save(path)

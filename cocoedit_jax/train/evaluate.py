@@ -1,0 +1,119 @@
+"""Held-out evaluation: the same records, noise and sampler for every policy, so that differences are paired."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cocoedit_jax.data.scene_judge import judge_batch
+from cocoedit_jax.data.scene_spec import SceneSpec
+from cocoedit_jax.data.source import load_batch
+from cocoedit_jax.rewards.judge import JudgeRequest, judge_scores
+from cocoedit_jax.rewards.pixel import masked_psnr, masked_ssim
+from cocoedit_jax.train.rollout import make_sampler, sample_keys
+from cocoedit_jax.train.setup import Setup
+
+METRICS = ("judge", "psnr_outside", "ssim_outside", "change_inside", "no_edit")
+# Without a scene description, an edit that changes its region by less than this (mean absolute, of 1) is no edit.
+NO_EDIT_CHANGE = 0.02
+_NOISE_SEED = 1234567
+
+
+@dataclass
+class Evaluation:
+    """Per-record metrics, each ``[N]`` (NaN where unknown), and the edited images with what they came from."""
+
+    metrics: dict[str, np.ndarray]
+    images: list[np.ndarray]  # edited [H, W, 3], in the order of the records
+    records: list[dict[str, Any]]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Mean and standard error of every metric."""
+        return {name: mean_se(values) for name, values in self.metrics.items()}
+
+    def difference(self, base: "Evaluation") -> dict[str, dict[str, float]]:
+        """Mean and standard error of the paired difference to ``base``."""
+        return {name: mean_se(values - base.metrics[name]) for name, values in self.metrics.items()}
+
+
+def mean_se(values: np.ndarray) -> dict[str, float]:
+    """Mean and standard error over the known values."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return {"mean": float("nan"), "se": float("nan")}
+    se = float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
+    return {"mean": float(known.mean()), "se": se}
+
+
+class Evaluator:
+    """Edits the first ``limit`` held-out records with any adapter."""
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._samplers: dict[int, Any] = {}
+        self._encode = jax.jit(setup.editor.encode)
+
+    def _sampler(self, bucket: int) -> Any:
+        if bucket not in self._samplers:
+            setup, options = self._setup, self._setup.config.evaluation
+            grid = setup.editor.grid(*setup.framing.sizes[bucket])
+            sigmas = setup.editor.sigmas(options.steps, grid)
+            self._samplers[bucket] = make_sampler(setup.editor, grid, sigmas, options.solver, setup.mesh)
+        return self._samplers[bucket]
+
+    def __call__(self, adapter: Any, limit: int, progress: Callable[[int], None] = lambda n: None) -> Evaluation:
+        """``adapter`` has its scale folded in, or is None for the base model."""
+        setup, size = self._setup, self._setup.config.evaluation.batch_size
+        chosen = range(min(limit, len(setup.held_out_records)))
+        by_bucket: dict[int, list[int]] = {}
+        for index in chosen:
+            by_bucket.setdefault(setup.held_out_records[index].bucket, []).append(index)
+        rows: dict[int, tuple[dict[str, float], np.ndarray, dict[str, Any]]] = {}
+        for bucket, indices in by_bucket.items():
+            for start in range(0, len(indices), size):
+                part = indices[start : start + size]
+                # A short last batch repeats its last record, so that every batch has one shape.
+                padded = part + [part[-1]] * (size - len(part))
+                rows |= dict(zip(part, self._batch(adapter, bucket, padded), strict=False))
+                progress(len(part))
+        ordered = [rows[index] for index in chosen]
+        metrics = {name: np.asarray([row[0][name] for row in ordered]) for name in METRICS}
+        return Evaluation(metrics, [row[1] for row in ordered], [row[2] for row in ordered])
+
+    def _batch(self, adapter: Any, bucket: int, indices: Sequence[int]) -> list[tuple]:
+        setup = self._setup
+        batch = load_batch(setup.held_out, indices)
+        tokens = setup.editor.tokenize(batch["prompt"])
+        conditioning = self._encode(setup.params, batch["image"], tokens)
+        keys = sample_keys(jax.random.key(_NOISE_SEED), np.asarray(indices))
+        _, images = self._sampler(bucket)(setup.params, adapter, conditioning, keys)
+        edited, mask = np.asarray(images), batch["edit_mask"]
+        requests = [
+            JudgeRequest(*fields)
+            for fields in zip(batch["image"], edited, batch["prompt"], batch["id"], batch["extra"], strict=True)
+        ]
+        judge, _ = judge_scores(setup.judge, requests)
+        keep = jnp.asarray(1 - mask)
+        change = (np.abs(edited - batch["image"]).mean(-1) * mask).sum((1, 2)) / np.maximum(mask.sum((1, 2)), 1)
+        metrics = {
+            "judge": judge,
+            "psnr_outside": np.asarray(masked_psnr(images, jnp.asarray(batch["image"]), keep)),
+            "ssim_outside": np.asarray(masked_ssim(images, jnp.asarray(batch["image"]), keep)),
+            "change_inside": change,
+            "no_edit": _no_edit(batch["extra"], edited, change),
+        }
+        fields = ("image", "edit_mask", "prompt", "id", "edit_type", "extra")
+        return [
+            ({k: float(v[i]) for k, v in metrics.items()}, edited[i], {k: batch[k][i] for k in fields})
+            for i in range(len(indices))
+        ]
+
+
+def _no_edit(extra: list[dict[str, Any]], edited: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """1 where the instruction was ignored: by the scene's own measure, or by the change inside the mask."""
+    if all("scene" in fields for fields in extra):
+        return judge_batch([SceneSpec.from_json(fields["scene"]) for fields in extra], edited).no_edit.astype(float)
+    return (change < NO_EDIT_CHANGE).astype(float)

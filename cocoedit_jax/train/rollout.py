@@ -1,0 +1,141 @@
+"""Sampling groups of edits with the old policy, and scoring them while the next batch is being sampled."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from cocoedit_jax.data.groups import SamplePlan
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.flow.solvers import sample
+from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.nft.presets import NFTConfig
+from cocoedit_jax.rewards.judge import Judge, JudgeRequest, judge_scores
+from cocoedit_jax.rewards.pixel import pixel_reward
+from cocoedit_jax.sharding.mesh import batch_sharding
+
+Array = jax.Array
+Sampler = Callable[[Any, Any, Conditioning, Array], tuple[Array, Array]]
+
+
+@dataclass
+class Rollout:
+    """Everything known of the ``N`` samples of one step; arrays on the host unless said."""
+
+    x0: np.ndarray  # sampled packed latents [N, n, c]
+    images: np.ndarray  # [N, H, W, 3] in [0, 1]
+    rewards: dict[str, np.ndarray]  # name -> [N], NaN where unknown
+    reward_valid: dict[str, np.ndarray]  # name -> [N]
+    seconds_waiting: float = 0.0  # for rewards, after the last sample was drawn
+
+
+def make_sampler(editor: KontextEditor, grid: Grid, sigmas: np.ndarray, solver: str, mesh: Mesh) -> Sampler:
+    """A jitted ``(params, folded adapter, conditioning [B], keys [B]) -> (x0 [B, n, c], images [B, H, W, 3])``.
+
+    Every sample has its own key, so the noise does not depend on how samples are batched or spread over devices.
+    """
+
+    def draw(params: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> tuple[Array, Array]:
+        shape = (grid.tokens, editor.token_channels)
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        noise = jax.lax.with_sharding_constraint(noise, batch_sharding(mesh))
+
+        def velocity(z: Array, sigma: Array) -> Array:
+            return editor.velocity(params, adapter, z, jnp.full((z.shape[0],), sigma), conditioning, grid)
+
+        x0 = sample(velocity, noise, sigmas, solver)
+        return x0, editor.decode(params, x0, grid)
+
+    return jax.jit(draw, out_shardings=batch_sharding(mesh))
+
+
+def sample_keys(key: Array, index: np.ndarray) -> Array:
+    """One random key per global sample index."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(index, jnp.int32))
+
+
+class RewardQueue:
+    """Scores batches of edits in the background: the judge in a thread, the pixel reward on the accelerator."""
+
+    def __init__(self, judge: Judge, cfg: NFTConfig, workers: int = 4):
+        self._judge = judge
+        self._cfg = cfg
+        self._pixel = jax.jit(pixel_reward, static_argnums=3)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+
+    def submit(
+        self, images: Array, sources: np.ndarray, preserve_masks: np.ndarray, requests: Sequence[dict[str, Any]]
+    ) -> Future:
+        """Scores for ``images`` ``[B, H, W, 3]``; ``requests`` are the records' own fields, one for each."""
+        weights = self._cfg.reward_weights
+        pixel = None
+        if weights.get("pixel", 0) > 0:
+            pixel = self._pixel(images, jnp.asarray(sources), jnp.asarray(preserve_masks), self._cfg)
+
+        def score() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+            edited = np.asarray(images)
+            rewards, valid = {}, {}
+            if weights.get("judge", 0) > 0:
+                rows = [
+                    JudgeRequest(source, image, r["prompt"], r["id"], r["extra"])
+                    for source, image, r in zip(sources, edited, requests, strict=True)
+                ]
+                rewards["judge"], valid["judge"] = judge_scores(self._judge, rows)
+            if pixel is not None:
+                rewards["pixel"], valid["pixel"] = np.asarray(pixel.score, np.float64), np.asarray(pixel.valid)
+            return edited, rewards, valid
+
+        return self._pool.submit(score)
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def collect(
+    sampler: Sampler,
+    params: Any,
+    adapter: Any,
+    conditioning: Conditioning,
+    plan: SamplePlan,
+    batch: dict[str, Any],
+    key: Array,
+    queue: RewardQueue,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Rollout:
+    """Samples every row of ``plan`` in batches of ``batch_size``; judging overlaps with sampling.
+
+    Args:
+        conditioning: of the distinct records of the step, in the order of ``plan.group``; encoded once each.
+        batch: those records as loaded (``image`` ``[G, H, W, 3]``, ``edit_mask``, ``prompt``, ``id``, ``extra``).
+        adapter: the old policy with its scale folded in.
+        progress: called with the number of samples after each batch.
+    """
+    if len(plan) % batch_size:
+        raise UserError(f"rollout.batch_size={batch_size} does not divide the {len(plan)} samples of a step")
+    keys = sample_keys(key, plan.sample)
+    latents, pending = [], []
+    for start in range(0, len(plan), batch_size):
+        rows = slice(start, start + batch_size)
+        group = plan.group[rows]
+        x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(group)), keys[rows])
+        requests = [{name: batch[name][g] for name in ("prompt", "id", "extra")} for g in group]
+        pending.append(queue.submit(images, batch["image"][group], 1 - batch["edit_mask"][group], requests))
+        latents.append(x0)
+        progress(batch_size)
+    x0 = np.concatenate([np.asarray(x) for x in latents])
+    start_waiting = time.perf_counter()
+    edited, rewards, valid = zip(*(future.result() for future in pending), strict=True)
+    return Rollout(
+        x0=x0,
+        images=np.concatenate(edited),
+        rewards={name: np.concatenate([r[name] for r in rewards]) for name in rewards[0]},
+        reward_valid={name: np.concatenate([v[name] for v in valid]) for name in valid[0]},
+        seconds_waiting=time.perf_counter() - start_waiting,
+    )

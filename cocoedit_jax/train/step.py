@@ -1,0 +1,217 @@
+"""The optimizer step: one jitted call that scans micro-batches x timesteps and reduces gradients once.
+
+Over the data axis it is a manual ``shard_map``: every device sums the gradients of its own samples over all
+micro-batches and timesteps, and one all-reduce follows. The other mesh axes stay automatic inside.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from cocoedit_jax.models import lora
+from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.nft.objective import ObjectiveInputs, get_objective, reduce_global, reduce_micro
+from cocoedit_jax.nft.policy import blend
+from cocoedit_jax.nft.presets import NFTConfig
+from cocoedit_jax.sharding.mesh import DATA, replicated
+
+Array = jax.Array
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that changes. ``ema`` is None when the preset keeps no average."""
+
+    theta: Tree  # adapter being trained
+    old: Tree  # adapter that samples
+    ema: Tree | None
+    opt_state: Any
+    step: Array  # optimizer steps taken
+
+
+@flax.struct.dataclass
+class StepBatch:
+    """The samples of one optimizer step, ``[M, micro, ...]``; ``micro`` is split over the data axis.
+
+    Rows past the last sample have ``valid`` 0; micro-batches past ``StepScalars.num_micro`` are not computed.
+    """
+
+    x0: Array  # sampled packed latents [.., n, c]
+    conditioning: Conditioning
+    preserve_latent: Array  # [.., h, w], 1 = keep
+    r: Array  # optimality [..] or [.., n]
+    token_weight: Array  # [.., n]
+    tau_pos: Array
+    tau_neg: Array
+    valid: Array  # 1 or 0
+    sample: Array  # global sample index, int32
+
+
+@flax.struct.dataclass
+class StepScalars:
+    """Numbers of one step that must not trigger a recompilation."""
+
+    num_micro: Array  # micro-batches to compute
+    count: Array  # valid samples over all of them
+    old_decay: Array
+    ema_decay: Array
+    key: Array  # random key of this step
+
+
+def sample_timesteps(key: Array, sigmas: Array, num: int, choice: str) -> Array:
+    """``num`` of the sampler's sigmas for one sample: a random subset, or one from each of ``num`` equal slices."""
+    if choice == "permutation":
+        return jax.random.permutation(key, sigmas)[:num]
+    edges = np.linspace(0, len(sigmas), num + 1)
+    offset = jax.random.uniform(key, (num,))
+    low, width = jnp.asarray(edges[:-1], jnp.float32), jnp.asarray(np.diff(edges), jnp.float32)
+    return sigmas[jnp.floor(low + offset * width).astype(jnp.int32).clip(0, len(sigmas) - 1)]
+
+
+def make_optimizer(learning_rate: float, weight_decay: float, max_grad_norm: float) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm, constant learning rate, as the released code."""
+    return optax.chain(
+        optax.clip_by_global_norm(max_grad_norm),
+        optax.adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=weight_decay),
+    )
+
+
+def make_train_step(
+    editor: KontextEditor,
+    grid: Grid,
+    sigmas: np.ndarray,
+    cfg: NFTConfig,
+    lora_cfg: lora.LoraConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> Callable[[TrainState, Tree, StepBatch, StepScalars], tuple[TrainState, dict[str, Array], Tree]]:
+    """The jitted step ``(state, params, batch, scalars) -> (state, metrics, finite)``.
+
+    ``finite`` is a tree of flags, one for each gradient; if any is False, or the loss is not finite, the returned state
+    is the given one, unchanged. ``state`` is donated.
+    """
+    objective = get_objective(cfg.objective)
+    levels = jnp.asarray(sigmas[:-1], jnp.float32)
+    num_timesteps = max(1, int(len(levels) * cfg.timestep_fraction))
+    micro_reduction = cfg.valid_reduction == "micro"
+    num_shards = mesh.shape[DATA]
+
+    def velocity(params: Tree, adapter: Tree | None, x_t: Array, t: Array, conditioning: Conditioning) -> Array:
+        folded = None if adapter is None else lora.fold_scale(adapter, lora_cfg)
+        return editor.velocity(params, folded, x_t, t, conditioning, grid)
+
+    def micro_loss(
+        theta: Tree, old: Tree, params: Tree, rows: StepBatch, t: Array, noise: Array, scalars: StepScalars
+    ) -> tuple[Array, dict[str, Array]]:
+        x_t = (1 - t[:, None, None]) * rows.x0 + t[:, None, None] * noise
+        v_theta = velocity(params, theta, x_t, t, rows.conditioning)
+        if cfg.old_decay_type == 0:  # the old policy is the trained one, bit for bit: no second forward
+            v_old = jax.lax.stop_gradient(v_theta)
+        else:
+            v_old = jax.lax.stop_gradient(velocity(params, old, x_t, t, rows.conditioning))
+        v_ref = None
+        if cfg.kl_weight > 0:
+            v_ref = jax.lax.stop_gradient(velocity(params, None, x_t, t, rows.conditioning))
+        output = objective(
+            ObjectiveInputs(
+                x0=rows.x0,
+                x_t=x_t,
+                source=rows.conditioning.source,
+                t=t,
+                v_old=v_old,
+                v_theta=v_theta,
+                v_ref=v_ref,
+                preserve_latent=rows.preserve_latent,
+                r=rows.r,
+                token_weight=rows.token_weight if cfg.r_granularity == "token" else None,
+                tau_pos=rows.tau_pos,
+                tau_neg=rows.tau_neg,
+                patch=grid.patch,
+            ),
+            cfg,
+        )
+
+        def reduce(values: Array) -> Array:
+            # Either way, summed over micro-batches, timesteps and devices this is a mean.
+            if micro_reduction:
+                return reduce_micro(values, rows.valid) / (scalars.num_micro * num_shards * num_timesteps)
+            return reduce_global(values, rows.valid, scalars.count) / num_timesteps
+
+        return reduce(output.loss), {"loss": reduce(output.loss)} | {k: reduce(v) for k, v in output.terms.items()}
+
+    def accumulate(theta: Tree, old: Tree, params: Tree, batch: StepBatch, scalars: StepScalars) -> tuple[Tree, dict]:
+        """Gradients and metrics of all micro-batches; runs on one shard of the data axis."""
+
+        def one_timestep(carry: tuple, inputs: tuple, rows: StepBatch) -> tuple[tuple, None]:
+            t, noise = inputs
+            grads, metrics = jax.grad(micro_loss, has_aux=True)(theta, old, params, rows, t, noise, scalars)
+            return jax.tree.map(jnp.add, carry, (grads, metrics)), None
+
+        def one_micro_batch(index: Array, carry: tuple) -> tuple:
+            rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), batch)
+
+            def draw(sample: Array) -> tuple[Array, Array]:
+                key = jax.random.fold_in(scalars.key, sample)
+                time_key, noise_key = jax.random.split(key)
+                noise = jax.random.normal(noise_key, (num_timesteps, *rows.x0.shape[1:]))
+                return sample_timesteps(time_key, levels, num_timesteps, cfg.timestep_choice), noise
+
+            t, noise = jax.vmap(draw, out_axes=1)(rows.sample)  # [T, micro], [T, micro, n, c]
+            return jax.lax.scan(lambda c, xs: one_timestep(c, xs, rows), carry, (t, noise))[0]
+
+        rows = jax.tree.map(lambda x: x[0], batch)
+        shapes = jax.eval_shape(
+            lambda: jax.grad(micro_loss, has_aux=True)(
+                theta, old, params, rows, rows.valid.astype(jnp.float32), jnp.zeros(rows.x0.shape), scalars
+            )
+        )
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        totals = jax.lax.fori_loop(0, scalars.num_micro, one_micro_batch, zeros)
+        return jax.tree.map(lambda x: x[None], totals)
+
+    everywhere = PartitionSpec()
+    accumulate = jax.shard_map(
+        accumulate,
+        mesh=mesh,
+        in_specs=(everywhere, everywhere, everywhere, PartitionSpec(None, DATA), everywhere),
+        out_specs=PartitionSpec(DATA),
+        axis_names=frozenset({DATA}),
+        check_vma=False,  # gradients of the replicated adapters stay local
+    )
+
+    def train_step(
+        state: TrainState, params: Tree, batch: StepBatch, scalars: StepScalars
+    ) -> tuple[TrainState, dict[str, Array], Tree]:
+        shards = accumulate(state.theta, state.old, params, batch, scalars)
+        # The one reduction over the data axis. It is written as a sum of shards outside the manual region because a
+        # psum inside it does not compile when another mesh axis is automatic.
+        grads, metrics = jax.tree.map(lambda x: x.sum(axis=0), shards)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.theta)
+        theta = optax.apply_updates(state.theta, updates)
+        new = TrainState(
+            theta=theta,
+            old=blend(state.old, theta, scalars.old_decay),
+            ema=None if state.ema is None else blend(state.ema, theta, scalars.ema_decay),
+            opt_state=opt_state,
+            step=state.step + 1,
+        )
+        metrics |= {
+            "gradient_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "theta_norm": optax.global_norm(theta),
+        }
+        finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.all(jnp.stack(jax.tree.leaves(finite)))
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        return new, metrics, finite
+
+    # Stated, so that the state comes back as it went in: another sharding would compile everything a second time.
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))

@@ -245,6 +245,8 @@ def curves(
         axes = figure.add_subplot(rows, columns, index + 1)
         style_axes(axes, theme)
         axes.set_title(title, fontsize=9.5, color=ink, loc="left")
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5))
+        axes.yaxis.get_offset_text().set(color=ink, fontsize=7.5)
         for color, (name, steps, values) in zip(COLORS * len(lines), lines, strict=False):
             label = name.rsplit("/", 1)[-1]
             window = len(values) // 12

@@ -21,7 +21,7 @@ th, td { padding: .32rem .8rem .32rem 0; text-align: right; border-bottom: 1px s
   font-variant-numeric: tabular-nums; vertical-align: top; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-figure { margin: .75rem 0 1.25rem; } img { max-width: 100%; height: auto; border-radius: 4px; }
+figure { margin: .75rem 0 1.25rem; } img { max-width: 100%; height: auto; border-radius: 4px; } .chart img { min-width: 44rem; }
 pre { background: var(--fill); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; font-size: .85rem; }
 code { font-size: .9em; overflow-wrap: anywhere; } details { margin: .5rem 0; } summary { cursor: pointer; }
 """
@@ -62,8 +62,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "
     return f'<div class="wide"><table>{note}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def figure(light: bytes, alt: str, caption: str = "", dark: bytes | None = None) -> str:
-    """A PNG picture, with another one for dark screens if given."""
+def figure(light: bytes, alt: str, caption: str = "", dark: bytes | None = None, scroll: bool = False) -> str:
+    """A PNG picture, with another one for dark screens if given; ``scroll``: sideways rather than made tiny."""
 
     def address(png: bytes) -> str:
         return "data:image/png;base64," + base64.b64encode(png).decode()
@@ -71,6 +71,8 @@ def figure(light: bytes, alt: str, caption: str = "", dark: bytes | None = None)
     night = f'<source media="(prefers-color-scheme: dark)" srcset="{address(dark)}">' if dark else ""
     note = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     picture = f'<picture>{night}<img src="{address(light)}" alt="{escape(alt)}"></picture>'
+    if scroll:
+        picture = f'<div class="wide chart">{picture}</div>'
     return f"<figure>{picture}{note}</figure>"
 
 

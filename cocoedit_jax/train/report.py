@@ -84,7 +84,8 @@ def _evaluation(evaluation: Mapping[str, Any] | None) -> list[str]:
         rows.append([measure.title, *row, difference_cell(change, error, measure)])
     caption = (
         f"{evaluation.get('scenes', '?')} held-out records, step {evaluation.get('step', '?')}. "
-        "Differences are paired: same record, same noise; ± is the standard error over records. Colour: beyond two standard errors. "
+        "Differences are paired: same record, same noise; ± is the standard error over records. "
+        "Colour: beyond two standard errors. "
     )
     parts.append(html.table(["", "Base", "Trained", "Difference"], rows, caption + EXPLANATION))
     return parts
@@ -95,7 +96,7 @@ def _curves(metrics: Sequence[Mapping[str, float]]) -> list[str]:
     if light is None:
         return [html.heading("Curves"), _missing("metrics.jsonl, which a run writes after every step.")]
     caption = "Thick: running mean. Points: small held-out evaluations."
-    return [html.heading("Curves"), html.figure(light, "Training curves", caption, dark)]
+    return [html.heading("Curves"), html.figure(light, "Training curves", caption, dark, scroll=True)]
 
 
 def _pictures(folder: Path) -> list[str]:

@@ -38,7 +38,7 @@ REMAT_POLICIES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class FluxConfig:
-    """Shape of the transformer; field names are those of diffusers' ``config.json``. Defaults are FLUX.1 Kontext-dev."""
+    """Shape of the transformer, named as in diffusers' ``config.json``. Defaults are FLUX.1 Kontext-dev."""
 
     in_channels: int = 64
     num_layers: int = 19
@@ -170,7 +170,14 @@ class FluxTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Array, text: Array, pooled: Array, t: Array, guidance: Array | None, ids: np.ndarray, num_target: int
+        self,
+        hidden: Array,
+        text: Array,
+        pooled: Array,
+        t: Array,
+        guidance: Array | None,
+        ids: np.ndarray,
+        num_target: int,
     ) -> Array:
         cfg, d = self.config, self.config.hidden
         temb = TimeTextEmbed(cfg, self.dtype, name="time_text_embed")(t, guidance, pooled)
@@ -186,7 +193,9 @@ class FluxTransformer(nn.Module):
         n_text = context.shape[1]
         x = jnp.concatenate([context, x], axis=1)
         if cfg.num_single_layers:
-            blocks = _stack(SingleBlock, cfg.num_single_layers, self.remat)(*block_args, name="single_transformer_blocks")
+            blocks = _stack(SingleBlock, cfg.num_single_layers, self.remat)(
+                *block_args, name="single_transformer_blocks"
+            )
             x, _ = blocks(x, temb, rope)
 
         x = x[:, n_text : n_text + num_target]

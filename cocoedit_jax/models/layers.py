@@ -43,7 +43,10 @@ class Linear(nn.Module):
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param(
-                "bias", nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)), (self.features,), self.dtype
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)),
+                (self.features,),
+                self.dtype,
             )
             y = y + bias.astype(self.dtype)
         if self.has_variable(LORA, "lora_A"):
@@ -108,7 +111,9 @@ def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10_000.0) -> Ar
     float32 because bf16 has 8 significant bits: t * 1000 would collapse neighbouring timesteps onto one another.
     """
     half = dim // 2
-    frequencies = jnp.asarray(np.exp(-np.log(max_period) * np.arange(half) / half), jnp.float32)
+    # The exponent is rounded to float32 where these models were trained; at angles of 1000 rad the rounding shows.
+    exponent = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = jnp.asarray(np.exp(exponent.astype(np.float64)), jnp.float32)
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -139,7 +144,7 @@ class FeedForward(nn.Module):
 
 
 def rope_table(ids: np.ndarray, axes_dims: tuple[int, ...], theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rotary cosines and sines, ``[S, sum(axes_dims) / 2]`` each, for integer positions ``ids`` ``[S, len(axes_dims)]``.
+    """Rotary cosines and sines, ``[S, sum(axes_dims) / 2]`` each, of integer positions ``ids`` ``[S, axes]``.
 
     Computed on the host in float64 (positions are static), returned as float32.
     """
@@ -153,7 +158,7 @@ def rope_table(ids: np.ndarray, axes_dims: tuple[int, ...], theta: float) -> tup
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates adjacent feature pairs of ``x`` ``[B, S, H, D]`` by the angles of ``cos``, ``sin`` ``[S, D / 2]``, in float32."""
+    """Rotates adjacent feature pairs of ``x`` ``[B, S, H, D]`` by the angles of ``cos``, ``sin`` ``[S, D / 2]``."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = cos[None, :, None, :], sin[None, :, None, :]

@@ -1,10 +1,11 @@
 """LoRA adapters (arXiv 2106.09685) as parameter trees beside a frozen model, and their files.
 
-An adapter has the module paths of the transformer it belongs to, with ``lora_A [.., in, r]`` and ``lora_B [.., r, out]``
-in place of a kernel; stacked blocks keep their leading layer axis. It acts as ``y += alpha / r * x A B``.
+An adapter has the module paths of the transformer it belongs to, with ``lora_A [.., in, r]`` and
+``lora_B [.., r, out]`` in place of a kernel; stacked blocks keep their leading layer axis. It acts as
+``y += alpha / r * x A B``.
 
 Two layouts are written and read: diffusers' (``pipe.load_lora_weights(folder)``) and PEFT's
-(``PeftModel.from_pretrained(transformer, folder / "peft")``). Both record alpha beside the tensors and never fold it in.
+(``PeftModel.from_pretrained(transformer, folder / "peft")``). Both record alpha beside the tensors, never folded in.
 """
 
 import dataclasses
@@ -132,8 +133,7 @@ def check_fits(adapter: Adapter, transformer_params: Mapping[str, Any], source: 
             problems.append(f"{name}: the model has no such linear layer")
         elif leaf.shape[:-2] != kernel.shape[:-2] or leaf.shape[axis] != kernel.shape[axis]:
             problems.append(f"{name} {leaf.shape}: does not fit the kernel {kernel.shape}")
-    if problems:
-        raise UserError(f"{source}: {len(problems)} tensor(s) do not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    weights.refuse(source, problems)
 
 
 def _plain(number: float) -> float | int:
@@ -247,8 +247,7 @@ def load_lora(path: Path, *, alpha: float | None = None) -> tuple[Adapter, LoraC
             flat[module_path] = jnp.asarray(np.stack([stack[layer] for layer in layers]))
         else:
             problems.append(f"{'.'.join(module_path)}: layers {layers}; expected all from 0 on, of one shape")
-    if problems:
-        raise UserError(f"{file}: {len(problems)} problem(s):\n  " + "\n  ".join(sorted(problems)))
+    weights.refuse(str(file), problems)
     targets = fields.get("target_modules")
     targets = tuple(targets if isinstance(targets, list) else sorted(names))
     alpha = fields.get("lora_alpha", rank) if alpha is None else alpha

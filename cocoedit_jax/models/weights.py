@@ -91,6 +91,12 @@ def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return out
 
 
+def refuse(source: str, problems: list[str]) -> None:
+    """Raises UserError with all ``problems`` of the tensors in ``source``, if there are any."""
+    if problems:
+        raise UserError(f"{source}: {len(problems)} tensor(s) do not fit:\n  " + "\n  ".join(sorted(problems)))
+
+
 def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A tree shaped like ``abstract`` (arrays or ShapeDtypeStructs) filled with ``tensors``.
 
@@ -105,8 +111,7 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any
         for name, (_, _, shape) in specs.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
-    if problems:
-        raise UserError(f"{source}: {len(problems)} tensor(s) do not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    refuse(source, problems)
     layers: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, (path, _, _) in specs.items():
         tensor = tensors[name]

@@ -21,7 +21,8 @@ th, td { padding: .32rem .8rem .32rem 0; text-align: right; border-bottom: 1px s
   font-variant-numeric: tabular-nums; vertical-align: top; }
 th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-figure { margin: .75rem 0 1.25rem; } img { max-width: 100%; height: auto; border-radius: 4px; } .chart img { min-width: 44rem; }
+figure { margin: .75rem 0 1.25rem; } img { max-width: 100%; height: auto; border-radius: 4px; }
+.chart img { min-width: 44rem; }
 pre { background: var(--fill); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto; font-size: .85rem; }
 code { font-size: .9em; overflow-wrap: anywhere; } details { margin: .5rem 0; } summary { cursor: pointer; }
 """

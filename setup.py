@@ -1,0 +1,53 @@
+"""Installs CoCoEdit-JAX: ``pip install -e .``; extras in brackets, as in ``pip install -e '.[test]'``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "cocoedit_jax/__init__.py").read_text())[0]
+
+BRIDGE = ["diffusers>=0.42,<0.43", "transformers>=5.23,<6", "peft>=0.21,<0.22", "accelerate>=1.15,<2"]
+
+setup(
+    name="cocoedit-jax",
+    version=VERSION,
+    description="Region-regularised reinforcement learning for instruction image editors, in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cocoedit_jax*", "launch*", "torch_bridge*"]) + ["configs"],
+    package_data={"cocoedit_jax": ["assets/**/*"]},
+    install_requires=[
+        # flax up to 0.12.8 subclasses a class that jax 0.11 no longer has.
+        "jax>=0.10.2,<0.11",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        "ml_collections>=1.1,<2",
+        "absl-py>=2.1",
+        "numpy>=2.0,<3",
+        "matplotlib>=3.10,<4",
+        "pillow>=12",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.2,<3",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "bridge": ["torch>=2.13,<2.14", *BRIDGE],
+        "test": [
+            "pytest>=9,<10",
+            "ruff>=0.17,<0.18",
+            "pyright>=1.1.400",
+            "scikit-image>=0.26",
+            "torch==2.13.0",  # parity and golden numbers are compared to the last digits
+            *BRIDGE,
+        ],
+    },
+)

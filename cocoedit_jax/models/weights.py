@@ -81,6 +81,11 @@ def _tensor_specs(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], i
     return specs
 
 
+def tensor_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Diffusers name -> shape in torch layout, of arrays or ShapeDtypeStructs."""
+    return {name: shape for name, (_, _, shape) in _tensor_specs(tree).items()}
+
+
 def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Tensors under their diffusers names, in torch layout."""
     flat = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(params).items()}

@@ -30,10 +30,10 @@ setup(
         "ml_collections>=1.1,<2",
         "absl-py>=2.1",
         "numpy>=2.0,<3",
-        "matplotlib>=3.10,<4",
+        "matplotlib>=3.11,<4",
         "pillow>=12",
         "safetensors>=0.5",
-        "tensorboardX>=2.6.2,<3",
+        "tensorboardX>=2.6.2.2,<3",
         "tqdm>=4.66",
     ],
     extras_require={

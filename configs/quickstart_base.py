@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     config.patch = 4  # pixels per token side
     config.max_words = 20  # longest instruction, in words
     config.batch_size = 24  # fresh scenes per step
-    config.log_every = 50  # steps
     config.checkpoint_every = 500  # steps
 
     config.transformer = ConfigDict()  # fields of FluxConfig
@@ -39,15 +38,15 @@ def get_config() -> ConfigDict:
     config.clean.decay_steps = 1000  # linear to 5 % over the last steps
 
     config.drift = ConfigDict()  # phase 2
-    config.drift.steps = 400
+    config.drift.steps = 300
     config.drift.learning_rate = 6e-4
     config.drift.warmup_steps = 20
-    config.drift.decay_steps = 200
+    config.drift.decay_steps = 150
     config.drift.no_edit = 0.15  # share of targets that are the source
     config.drift.partial = 0.25  # share of targets between source and target
-    config.drift.gain = 0.06  # standard deviation of the contrast factor
-    config.drift.bias = 0.025  # standard deviation of the colour offset per channel, in [0, 1] units
-    config.drift.field = 0.025  # standard deviation of a smooth colour field, in [0, 1] units
+    config.drift.gain = 0.1  # standard deviation of the contrast factor
+    config.drift.bias = 0.045  # standard deviation of the colour offset per channel, in [0, 1] units
+    config.drift.field = 0.045  # standard deviation of a smooth colour field, in [0, 1] units
 
     config.mask_weight = 4.0  # loss weight of tokens inside the edit mask; 1 outside
     config.ema_decay = 0.995

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import grain
+import jax
 from ml_collections import ConfigDict
 
 from cocoedit_jax.data.images import Framing
@@ -16,11 +17,14 @@ from cocoedit_jax.data.records import Record, read_records
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
-from cocoedit_jax.train.evaluate import Evaluation, Evaluator
+from cocoedit_jax.train.evaluate import Evaluation, Evaluator, paste_source
 from cocoedit_jax.train.loop import before_after, train
-from cocoedit_jax.train.report import comparison_report
+from cocoedit_jax.train.comparison import comparison_report
 from cocoedit_jax.train.setup import Setup, build
 from cocoedit_jax.train.telemetry import progress
+
+# The baseline that needs no training for consistency, only the true mask at inference: it stands beside the table.
+PASTE_BASELINE = "edit-r1"
 
 
 def _load(path: Path) -> ModuleType:
@@ -66,6 +70,8 @@ def compare(
     """
     get_config = _load(config_path).get_config
     out.mkdir(parents=True, exist_ok=True)
+    # Runs of one preset compile the same programs; the sampler is the same for all.
+    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
     result: dict[str, Any] = {"scenes": scenes, "presets": {name: {"seeds": {}} for name in presets}}
     configs = {(name, seed): _configure(get_config, name, seed, overrides) for name in presets for seed in seeds}
     base: Evaluation | None = None
@@ -86,6 +92,10 @@ def compare(
             "trained": trained.summary(),
             "difference": trained.difference(base),
         }
+        if name == PASTE_BASELINE:
+            pasted = paste_source(trained, setup.judge)
+            row = result["presets"].setdefault(f"{name} + source pasted by mask", {"seeds": {}})
+            row["seeds"][str(seed)] = {"trained": pasted.summary(), "difference": pasted.difference(base)}
         _write_picture(out / f"{name}_seed_{seed}.png", base, trained)
         (out / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
     comparison_report(result, out / "report.html")

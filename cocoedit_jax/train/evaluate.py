@@ -11,7 +11,7 @@ import numpy as np
 from cocoedit_jax.data.scene_judge import judge_batch
 from cocoedit_jax.data.scene_spec import SceneSpec
 from cocoedit_jax.data.source import load_batch
-from cocoedit_jax.rewards.judge import JudgeRequest, judge_scores
+from cocoedit_jax.rewards.judge import Judge, JudgeRequest, judge_scores
 from cocoedit_jax.rewards.pixel import masked_psnr, masked_ssim
 from cocoedit_jax.train.rollout import make_sampler, sample_keys
 from cocoedit_jax.train.setup import Setup
@@ -90,26 +90,46 @@ class Evaluator:
         conditioning = self._encode(setup.params, batch["image"], tokens)
         keys = sample_keys(jax.random.key(_NOISE_SEED), np.asarray(indices))
         _, images = self._sampler(bucket)(setup.params, adapter, conditioning, keys)
-        edited, mask = np.asarray(images), batch["edit_mask"]
-        requests = [
-            JudgeRequest(*fields)
-            for fields in zip(batch["image"], edited, batch["prompt"], batch["id"], batch["extra"], strict=True)
-        ]
-        judge, _ = judge_scores(setup.judge, requests)
-        keep = jnp.asarray(1 - mask)
-        change = (np.abs(edited - batch["image"]).mean(-1) * mask).sum((1, 2)) / np.maximum(mask.sum((1, 2)), 1)
-        metrics = {
-            "judge": judge,
-            "psnr_outside": np.asarray(masked_psnr(images, jnp.asarray(batch["image"]), keep)),
-            "ssim_outside": np.asarray(masked_ssim(images, jnp.asarray(batch["image"]), keep)),
-            "change_inside": change,
-            "no_edit": _no_edit(batch["extra"], edited, change),
-        }
+        edited = np.asarray(images)
+        metrics = measure(edited, batch, setup.judge)
         fields = ("image", "edit_mask", "prompt", "id", "edit_type", "extra")
         return [
             ({k: float(v[i]) for k, v in metrics.items()}, edited[i], {k: batch[k][i] for k in fields})
             for i in range(len(indices))
         ]
+
+
+def measure(edited: np.ndarray, batch: dict[str, Any], judge: Judge) -> dict[str, np.ndarray]:
+    """``METRICS`` of edits ``[B, H, W, 3]`` of the records in ``batch``, each ``[B]``."""
+    source, mask = batch["image"], batch["edit_mask"]
+    requests = [
+        JudgeRequest(*fields)
+        for fields in zip(source, edited, batch["prompt"], batch["id"], batch["extra"], strict=True)
+    ]
+    scores, _ = judge_scores(judge, requests)
+    pixels = jnp.asarray(edited), jnp.asarray(source), jnp.asarray(1 - mask)
+    change = (np.abs(edited - source).mean(-1) * mask).sum((1, 2)) / np.maximum(mask.sum((1, 2)), 1)
+    return {
+        "judge": scores,
+        "psnr_outside": np.asarray(masked_psnr(*pixels)),
+        "ssim_outside": np.asarray(masked_ssim(*pixels)),
+        "change_inside": change,
+        "no_edit": _no_edit(batch["extra"], edited, change),
+    }
+
+
+def paste_source(evaluation: Evaluation, judge: Judge) -> Evaluation:
+    """The same edits with the source pasted back outside the edit mask: what a user with a perfect mask could do."""
+    metrics: dict[str, list[float]] = {name: [] for name in METRICS}
+    images = []
+    for edited, record in zip(evaluation.images, evaluation.records, strict=True):
+        mask = record["edit_mask"][..., None]
+        pasted = mask * edited + (1 - mask) * record["image"]
+        batch = {k: v[None] if isinstance(v, np.ndarray) else [v] for k, v in record.items()}
+        for name, value in measure(pasted[None], batch, judge).items():
+            metrics[name].append(float(value[0]))
+        images.append(pasted)
+    return Evaluation({k: np.asarray(v) for k, v in metrics.items()}, images, evaluation.records)
 
 
 def _no_edit(extra: list[dict[str, Any]], edited: np.ndarray, change: np.ndarray) -> np.ndarray:

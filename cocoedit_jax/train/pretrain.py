@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 from PIL import Image
-from tqdm import tqdm
 
 from cocoedit_jax.data.scene_judge import judge_batch
 from cocoedit_jax.data.scenes import SceneBatch, sample_batch, scene_vocabulary
@@ -23,7 +22,8 @@ from cocoedit_jax.flow.packing import pack, token_share
 from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.flux import FluxConfig
-from cocoedit_jax.models.quickstart import QuickstartConfig, build_editor, save_base
+from cocoedit_jax.models.quickstart import QuickstartConfig, build_editor, load_base, save_base
+from cocoedit_jax.train.telemetry import progress
 
 Params = Any
 _EVAL_SCENES = 64
@@ -72,21 +72,17 @@ def _batches(config: ConfigDict, tokenizer: Any, first: int, last: int) -> Itera
             yield ahead.popleft().result()
 
 
-def _optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Muon for the matrices of the blocks, AdamW for the rest; warm-up, plateau and decay in each phase."""
-
-    def phase(p: ConfigDict) -> optax.Schedule:
-        end = 0.05 * p.learning_rate
-        return optax.join_schedules(
-            [
-                optax.linear_schedule(end, p.learning_rate, p.warmup_steps),
-                optax.constant_schedule(p.learning_rate),
-                optax.linear_schedule(p.learning_rate, end, p.decay_steps),
-            ],
-            [p.warmup_steps, p.steps - p.decay_steps],
-        )
-
-    schedule = optax.join_schedules([phase(config.clean), phase(config.drift)], [config.clean.steps])
+def _optimizer(config: ConfigDict, phase: ConfigDict) -> optax.GradientTransformation:
+    """Muon for the matrices of the blocks, AdamW for the rest; warm-up, plateau and linear decay."""
+    end = 0.05 * phase.learning_rate
+    schedule = optax.join_schedules(
+        [
+            optax.linear_schedule(end, phase.learning_rate, phase.warmup_steps),
+            optax.constant_schedule(phase.learning_rate),
+            optax.linear_schedule(phase.learning_rate, end, phase.decay_steps),
+        ],
+        [phase.warmup_steps, phase.steps - phase.decay_steps],
+    )
 
     def is_matrix(path: tuple, leaf: Any) -> Any:
         stacked_kernel = path[-1].key == "kernel" and leaf.ndim == 3
@@ -148,49 +144,73 @@ def evaluate(editor: KontextEditor, params: Params, size: int) -> tuple[dict[str
     return metrics, np.concatenate(rows, axis=0)
 
 
-def pretrain(config: ConfigDict, out: Path) -> None:
-    """Trains the base and writes it to ``out``, with a picture of held-out edits."""
+def pretrain(config: ConfigDict, out: Path, start_from: Path | None = None) -> None:
+    """Trains the base and writes it to ``out``, with a picture of held-out edits.
+
+    Each phase starts from the averaged weights of the one before with a fresh optimizer, so ``start_from``, a folder
+    with the base after phase 1 (kept in ``out/clean``), gives the same result as the whole run.
+    """
     quickstart = QuickstartConfig(
         FluxConfig(**config.transformer), scene_vocabulary(), config.max_words, config.patch, config.image_size
     )
     editor = build_editor(quickstart, remat="dots")
-    params = nn.unbox(jax.jit(editor.init)(jax.random.key(config.seed)))
-    optimizer = _optimizer(config)
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "pretraining.jsonl"
+    log.unlink(missing_ok=True)
+
+    def save(folder: Path, params: Params, step: int, loss: float) -> str:
+        metrics, picture = evaluate(editor, params, config.image_size)
+        save_base(folder, quickstart, params, {"steps": str(step), "config": config.to_json()})
+        Image.fromarray(np.uint8(np.round(picture * 255))).save(folder / "samples.png")
+        with log.open("a") as file:
+            file.write(json.dumps({"step": step, "loss": loss, **metrics}) + "\n")
+        return f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+
+    if start_from is None:
+        params = nn.unbox(jax.jit(editor.init)(jax.random.key(config.seed)))
+        params = _train_phase(config, editor, params, config.clean, 0, save, out)
+        save(out / "clean", params, config.clean.steps, float("nan"))
+    else:
+        params = load_base(start_from)[1]
+    _train_phase(config, editor, params, config.drift, config.clean.steps, save, out)
+
+
+def _train_phase(
+    config: ConfigDict,
+    editor: KontextEditor,
+    params: Params,
+    phase: ConfigDict,
+    first: int,
+    save: Callable[[Path, Params, int, float], str],
+    out: Path,
+) -> Params:
+    """Runs the steps after ``first``; returns the averaged weights, which are saved as they come."""
+    optimizer = _optimizer(config, phase)
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
     @jax.jit
     def train_step(state: tuple, batch: dict, step: jax.Array) -> tuple[tuple, jax.Array]:
         params, ema, opt_state = state
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        loss, grads = jax.value_and_grad(
-            lambda p: flow_matching_loss(editor, p, batch, key, config.mask_weight)
-        )(params)
+        key = jax.random.fold_in(jax.random.key(config.seed), step + first)
+        loss, grads = jax.value_and_grad(lambda p: flow_matching_loss(editor, p, batch, key, config.mask_weight))(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
         return (params, ema, opt_state), loss
 
-    total = config.clean.steps + config.drift.steps
     losses: list[float] = []
-
-    def save(step: int) -> dict[str, float]:
-        metrics, picture = evaluate(editor, state[1], config.image_size)
-        save_base(out, quickstart, state[1], {"seed": str(config.seed), "steps": str(step), "config": config.to_json()})
-        Image.fromarray(np.uint8(np.round(picture * 255))).save(out / "samples.png")
-        with (out / "pretraining.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "loss": float(np.mean(losses[-100:])), **metrics}) + "\n")
-        return metrics
-
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "pretraining.jsonl").unlink(missing_ok=True)
-    bar = tqdm(_batches(config, editor.tokenizer, 0, total), total=total, desc="pretrain", unit="step")
-    for step, batch in enumerate(bar, start=1):
+    batches = _batches(config, editor.tokenizer, first, first + phase.steps)
+    bar = progress(phase.steps, "pretrain", "step")
+    for step, batch in enumerate(batches, start=1):
         state, loss = train_step(state, batch, jnp.asarray(step))
         losses.append(float(loss))
         if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"pretraining loss is {losses[-1]} at step {step}; the last base is kept in {out}")
-        if step % config.log_every == 0:
-            bar.set_postfix(loss=f"{np.mean(losses[-config.log_every:]):.4f}")
-        if step % config.checkpoint_every == 0 or step in (config.clean.steps, total):
-            bar.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in save(step).items()))
+            raise FloatingPointError(f"pretraining loss is {losses[-1]} at step {first + step}; the last base is in {out}")
+        bar.update(1)
+        if step % config.checkpoint_every == 0 or step == phase.steps:
+            recent = float(np.mean(losses[-100:]))
+            bar.set_postfix(loss=f"{recent:.4f}")
+            bar.write(save(out, state[1], first + step, recent))
+    bar.close()
+    return state[1]

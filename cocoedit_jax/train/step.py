@@ -204,9 +204,9 @@ def make_train_step(
             step=state.step + 1,
         )
         metrics |= {
-            "gradient_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
-            "theta_norm": optax.global_norm(theta),
+            "gradient_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "theta_norm": optax.tree.norm(theta),
         }
         finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.all(jnp.stack(jax.tree.leaves(finite)))

@@ -1,0 +1,188 @@
+"""Whole runs: the run folder, resuming bit for bit after kill -9, stopping on SIGTERM, refusing bad settings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models import lora
+from cocoedit_jax.rewards import judge as judges
+from cocoedit_jax.rewards.judge import JudgeScore
+from cocoedit_jax.train.loop import NonFiniteError, train
+from cocoedit_jax.train.setup import build
+from cocoedit_jax.train.telemetry import read_metrics
+from tests.train.tiny import tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_run_leaves_everything(config, tmp_path):
+    run = tmp_path / "run"
+    result = train(build(config), run)
+    assert set(result) == {"scenes", "step", "base", "trained", "difference"}
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    metrics = read_metrics(run)
+    assert [m["step"] for m in metrics] == [1, 2]
+    for key in ("reward/judge", "train/loss", "seconds/rollout", "seconds/train", "samples_per_second", "mfu/train"):
+        assert key in metrics[-1], key
+    for name in ("config.json", "report.html", "lora/step_000002/pytorch_lora_weights.safetensors",
+                 "lora/step_000002/peft/adapter_config.json", "checkpoints/2", "samples/held_out_000002.png"):  # fmt: skip
+        assert (run / name).exists(), name
+    assert list((run / "tensorboard").iterdir())
+    adapter, cfg = lora.load_lora(run / "lora/step_000002")
+    assert cfg.rank == 2 and all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapter))
+    with pytest.raises(UserError, match="holds a run already"):
+        train(build(config), run)
+
+
+def command(base: Path, data: Path, run: Path, *extra: str) -> list[str]:
+    config = tiny_config(base, data)
+    flat = {
+        "model.path": str(base), "data.path": str(data), "data.generate": 0, "data.resolution": 16,
+        "train.steps": 4, "mesh.data": 1,
+    }  # fmt: skip
+    for section in ("rollout", "lora", "evaluation", "checkpoint"):
+        flat |= {f"{section}.{k}": v for k, v in config[section].items()}
+    flat["train.micro_batch"] = 8
+    return [
+        sys.executable, "-m", "launch.train", "--config=configs/quickstart.py", f"--run={run}",
+        *(f"--config.{k}={v}" for k, v in flat.items()), *extra,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+
+
+def final_state(run: Path, step: int) -> list[np.ndarray]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return jax.tree.leaves(checkpointer.restore((run / "checkpoints" / str(step) / "state").resolve()))
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, f"ended early: {process.communicate()}"
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_resumed_after_kill_is_bit_identical(tiny_base, tiny_data, tmp_path):
+    """Four steps straight equal two steps, kill -9 in the third, and the rest after --resume: every array, every file."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run(command(tiny_base, tiny_data, straight), cwd=ROOT, env=environment(), check=True, timeout=400)
+
+    process = subprocess.Popen(
+        command(tiny_base, tiny_data, killed), cwd=ROOT, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(killed / "checkpoints" / "2", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "evaluation.json").exists()
+    subprocess.run(
+        command(tiny_base, tiny_data, killed, "--resume"), cwd=ROOT, env=environment(), check=True, timeout=400
+    )
+
+    for a, b in zip(final_state(straight, 4), final_state(killed, 4), strict=True):
+        np.testing.assert_array_equal(a, b)
+    name = "lora/step_000004/pytorch_lora_weights.safetensors"
+    assert (straight / name).read_bytes() == (killed / name).read_bytes()
+    assert (straight / "evaluation.json").read_text() == (killed / "evaluation.json").read_text()
+    timing = ("seconds", "mfu", "samples_per_second")
+    for a, b in zip(read_metrics(straight), read_metrics(killed), strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith(timing)} == {
+            k: v for k, v in b.items() if not k.startswith(timing)
+        }
+
+
+def test_sigterm_saves_and_exits_cleanly(tiny_base, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command(tiny_base, tiny_data, run), "--config.train.steps=100000", "--config.checkpoint.every=100000"],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(run / "samples" / "rollout_000001.png", process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "--resume" in output
+    step = max(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert step >= 1 and (run / "lora" / f"step_{step:06d}").is_dir()
+    assert len(read_metrics(run)) == step
+
+
+def test_another_configuration_cannot_resume(config, tiny_base, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    train(build(config), run)
+    other = tiny_config(tiny_base, tiny_data, **{"train.learning_rate": 1.0, "train.steps": 3})
+    with pytest.raises(UserError, match="train.learning_rate: 0.*then, 1.0 now"):
+        train(build(other), run, resume=True)
+    with pytest.raises(UserError, match="nothing to resume"):
+        train(build(config), tmp_path / "empty", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("rollout.batch_size", 7, "rollout.batch_size=7.*divisor"),
+        ("rollout.group_size", 1, "group_size=1.*at least 2"),
+        ("train.micro_batch", 3, "train.micro_batch=3.*multiple of the 8"),
+        ("rollout.groups", 1000, "records to train on"),
+        ("model.kind", "sdxl", "model.kind='sdxl'"),
+        ("model.path", "nowhere", "nowhere.*no config.json"),
+        ("judge.name", "gpt", "gpt"),
+        ("algorithm.lambda_ner", -1.0, "lambda_ner is -1.0"),
+        ("mesh.data", 3, "mesh"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(tiny_base, tiny_data, key, value, message):
+    overrides = {"rollout.group_size": 2} if key == "rollout.groups" else {}
+    with pytest.raises(UserError, match=message):
+        build(tiny_config(tiny_base, tiny_data, **{**overrides, key: value}))
+
+
+def test_unknown_keys_are_refused(tiny_base, tiny_data, tmp_path):
+    done = subprocess.run(
+        command(tiny_base, tiny_data, tmp_path / "run", "--config.train.learning_rat=1"),
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0 and "learning_rat" in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def register(monkeypatch, name: str, answer) -> None:
+    monkeypatch.setitem(judges.JUDGES, name, lambda: lambda requests: [answer(r) for r in requests])
+
+
+def test_a_judge_that_fails_stops_the_run_and_keeps_the_checkpoint(tiny_base, tiny_data, tmp_path, monkeypatch):
+    register(monkeypatch, "broken", lambda r: JudgeScore(None, "no answer"))
+    config = tiny_config(tiny_base, tiny_data, **{"judge.name": "broken"})
+    with pytest.raises(UserError, match="step 1: 100% of the samples have no reward.*broken"):
+        train(build(config), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
+
+
+def test_not_finite_stops_and_names_the_tensor(config, tmp_path, monkeypatch):
+    from cocoedit_jax.train import loop
+
+    original = loop.pack_step
+
+    def poisoned(*args, **kwargs):
+        host, num_micro, count = original(*args, **kwargs)
+        host.x0[...] = np.nan
+        return host, num_micro, count
+
+    monkeypatch.setattr(loop, "pack_step", poisoned)
+    with pytest.raises(NonFiniteError, match="step 1: not finite: train/.*gradient of transformer_blocks/attn"):
+        train(build(config), tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]

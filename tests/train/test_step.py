@@ -1,0 +1,190 @@
+"""The optimizer step: independent of layout, one reduction, dropped samples cost nothing, NaN changes nothing."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cocoedit_jax.models import lora
+from cocoedit_jax.models.editor import Conditioning
+from cocoedit_jax.models.quickstart import build_editor
+from cocoedit_jax.nft.policy import blend
+from cocoedit_jax.nft.presets import PRESETS, preset
+from cocoedit_jax.sharding.mesh import batch_sharding, make_mesh, replicated
+from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.train.step import (
+    StepBatch,
+    StepScalars,
+    TrainState,
+    make_optimizer,
+    make_train_step,
+    sample_timesteps,
+)
+from tests.train.tiny import SIZE, random_params, tiny_quickstart
+
+LORA = lora.LoraConfig(rank=2, alpha=4)
+MICRO, NUM_MICRO = 8, 2
+EDITOR = build_editor(tiny_quickstart())
+GRID = EDITOR.grid(SIZE, SIZE)
+SIGMAS = EDITOR.sigmas(3, GRID)
+
+
+def random_batch(token_r: bool, seed: int = 0) -> StepBatch:
+    rng = np.random.default_rng(seed)
+    shape = EDITOR.transformer.config
+
+    def normal(*size: int) -> np.ndarray:
+        return rng.standard_normal((NUM_MICRO, MICRO, *size)).astype(np.float32)
+
+    def uniform(*size: int) -> np.ndarray:
+        return rng.random((NUM_MICRO, MICRO, *size)).astype(np.float32)
+
+    tokens = GRID.tokens
+    return StepBatch(
+        x0=normal(tokens, 48),
+        conditioning=Conditioning(
+            source=normal(tokens, 48),
+            text=normal(EDITOR.tokenizer.max_length, shape.joint_attention_dim),
+            pooled=normal(shape.pooled_projection_dim),
+            guidance=np.ones((NUM_MICRO, MICRO), np.float32),
+        ),
+        preserve_latent=(uniform(SIZE, SIZE) > 0.3).astype(np.float32),
+        r=uniform(tokens) if token_r else uniform(),
+        token_weight=1 + uniform(tokens),
+        tau_pos=np.full((NUM_MICRO, MICRO), 1e-3, np.float32),
+        tau_neg=np.full((NUM_MICRO, MICRO), 2.0, np.float32),
+        valid=np.ones((NUM_MICRO, MICRO), np.float32),
+        sample=np.arange(NUM_MICRO * MICRO, dtype=np.int32).reshape(NUM_MICRO, MICRO),
+    )
+
+
+def scalars(count: int = NUM_MICRO * MICRO, num_micro: int = NUM_MICRO) -> StepScalars:
+    return StepScalars(
+        num_micro=jnp.asarray(num_micro, jnp.int32),
+        count=jnp.asarray(count, jnp.float32),
+        old_decay=jnp.asarray(0.25, jnp.float32),
+        ema_decay=jnp.asarray(0.5, jnp.float32),
+        key=jax.random.key(7),
+    )
+
+
+def setup(name: str, sizes: dict[str, int], devices: int = 8, **changes):
+    """Step function, state and placed base parameters for a preset on a mesh."""
+    cfg = preset(name).replace(timestep_fraction=0.7, **changes)
+    mesh = make_mesh(sizes, jax.devices()[:devices])
+    params = random_params(EDITOR)
+    params = jax.device_put(params, parameter_shardings(jax.eval_shape(EDITOR.init, jax.random.key(0)), mesh))
+    theta = lora.init_adapter(jax.random.key(1), params["transformer"], LORA)
+    theta = jax.tree.map(lambda x: x + 0.05, theta)
+    old = jax.tree.map(lambda x: x * 0.9, theta)
+    optimizer = make_optimizer(1e-3, 1e-4, 1.0)
+    ema = jax.tree.map(jnp.copy, theta) if cfg.ema_decay else None
+    state = TrainState(theta, old, ema, optimizer.init(theta), jnp.zeros((), jnp.int32))
+    step = make_train_step(EDITOR, GRID, SIGMAS, cfg, LORA, optimizer, mesh)
+    return cfg, mesh, step, jax.device_put(state, replicated(mesh)), params
+
+
+def run(name: str, sizes: dict[str, int], devices: int = 8, batch: StepBatch | None = None, s=None, **changes):
+    cfg, mesh, step, state, params = setup(name, sizes, devices, **changes)
+    batch = random_batch(cfg.r_granularity == "token") if batch is None else batch
+    placed = jax.device_put(batch, batch_sharding(mesh, axis=1))
+    new, metrics, finite = step(state, params, placed, s or scalars())
+    return jax.device_get((new, metrics, finite))
+
+
+def assert_trees_close(a, b, rtol: float) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, atol=rtol * max(np.abs(y).max(), 1e-6), rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_layouts_give_the_single_device_step(sizes):
+    reference, metrics, _ = run("cocoedit", {"data": 1}, devices=1)
+    new, other, _ = run("cocoedit", sizes)
+    for name in metrics:
+        np.testing.assert_allclose(other[name], metrics[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    # Adam's first moment after one step is the gradient: it is compared instead of the weights, which Adam has scaled.
+    assert_trees_close(new.opt_state[1][0].mu, reference.opt_state[1][0].mu, 1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_steps_and_the_old_policy_follows(name):
+    cfg, _, _, state, _ = setup(name, {"data": 1}, devices=1)
+    before = jax.device_get(state)
+    new, metrics, finite = run(name, {"data": 1}, devices=1)
+    assert all(np.isfinite(v) for v in metrics.values()) and all(jax.tree.leaves(finite))
+    assert new.step == 1 and metrics["gradient_norm"] > 0
+    assert_trees_close(new.old, blend(before.old, new.theta, 0.25), 1e-6)
+    if cfg.ema_decay:
+        assert_trees_close(new.ema, blend(before.ema, new.theta, 0.5), 1e-6)
+    else:
+        assert new.ema is None
+
+
+def test_samples_left_out_do_not_count():
+    """Invalid rows at the end, in a micro-batch that is not computed, give the step of the valid rows alone."""
+    batch = random_batch(token_r=False)
+    batch.valid[1] = 0
+    short = run("cocoedit", {"data": 1}, devices=1, batch=batch, s=scalars(count=MICRO, num_micro=1))
+    batch.x0[1] = np.nan  # would spoil everything if it were computed
+    again = run("cocoedit", {"data": 1}, devices=1, batch=batch, s=scalars(count=MICRO, num_micro=1))
+    weighted = random_batch(token_r=False)
+    weighted.valid[1] = 0
+    full = run("cocoedit", {"data": 1}, devices=1, batch=weighted, s=scalars(count=MICRO, num_micro=2))
+    assert_trees_close(short[0].theta, again[0].theta, 0)
+    assert_trees_close(short[0].opt_state[1][0].mu, full[0].opt_state[1][0].mu, 1e-5)
+
+
+def test_global_and_micro_reduction_differ_as_documented():
+    batch = random_batch(token_r=False)
+    batch.valid[0, 1:] = 0  # one valid sample in the first micro-batch, eight in the second
+    count = int(batch.valid.sum())
+    _, glob, _ = run("cocoedit", {"data": 1}, 1, batch, scalars(count), valid_reduction="global")
+    _, micro, _ = run("cocoedit", {"data": 1}, 1, batch, scalars(count), valid_reduction="micro")
+    assert abs(glob["loss"] - micro["loss"]) > 1e-4 * abs(glob["loss"])
+
+
+def test_not_finite_leaves_the_state_and_names_the_gradients():
+    batch = random_batch(token_r=False)
+    batch.x0[0, 0] = np.nan
+    _, _, _, state, _ = setup("cocoedit", {"data": 1}, devices=1)
+    before = jax.device_get(state)
+    new, metrics, finite = run("cocoedit", {"data": 1}, devices=1, batch=batch)
+    assert not np.isfinite(metrics["loss"]) and not all(jax.tree.leaves(finite))
+    assert_trees_close(new, before, 0)
+
+
+def test_gradients_are_reduced_once():
+    """In the compiled program no collective runs inside a loop, and one all-reduce carries the gradients."""
+    cfg, mesh, step, state, params = setup("cocoedit", {"data": 8})
+    placed = jax.device_put(random_batch(False), batch_sharding(mesh, axis=1))
+    text = step.lower(state, params, placed, scalars()).compile().as_text()
+    computations = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ [^\n]*\{\n)", text)
+    entry = next(c for c in computations if c.lstrip().startswith("ENTRY"))
+    collective = r"= [^\n]* (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    inside = sum(len(re.findall(collective, c)) for c in computations if c is not entry)
+    assert inside == 0
+    assert len(re.findall(collective, entry)) >= 1
+
+
+def test_old_policy_type_zero_needs_no_second_forward():
+    """With decay type 0 the old policy is the trained one: the old adapter is not read by the loss."""
+    cfg, mesh, step, state, params = setup("cocoedit", {"data": 1}, devices=1, old_decay_type=0)
+    placed = jax.device_put(random_batch(False), batch_sharding(mesh, axis=1))
+    spoiled = state.replace(old=jax.tree.map(lambda x: x * 7, state.old), theta=jax.tree.map(jnp.copy, state.theta))
+    a = jax.device_get(step(spoiled, params, placed, scalars())[1])
+    _, _, _, fresh, _ = setup("cocoedit", {"data": 1}, devices=1, old_decay_type=0)
+    b = jax.device_get(step(fresh, params, placed, scalars())[1])
+    assert a["loss"] == b["loss"] and a["deviation_old"] == 0
+
+
+def test_timesteps():
+    levels = jnp.asarray(SIGMAS[:-1], jnp.float32)
+    for choice in ("permutation", "stratified"):
+        draws = jax.vmap(lambda k: sample_timesteps(k, levels, 2, choice))(jax.random.split(jax.random.key(0), 200))  # noqa: B023
+        assert draws.shape == (200, 2)
+        assert all(len(set(np.asarray(d).tolist())) == 2 for d in draws)
+        assert set(np.unique(np.asarray(draws)).tolist()) == set(np.asarray(levels).tolist())

@@ -3,7 +3,7 @@
     python -m launch.pretrain --config=configs/quickstart_base.py --out=cocoedit_jax/assets/quickstart_base
 
 Phase 1 teaches clean edits of procedural scenes. Phase 2 spoils it, on purpose, the way large pretrained editors are
-spoilt: targets drift in colour everywhere, some edits are partial or missing.
+spoilt: the background drifts in colour, some edits are partial or missing.
 """
 
 from ml_collections import ConfigDict
@@ -44,9 +44,9 @@ def get_config() -> ConfigDict:
     config.drift.decay_steps = 150
     config.drift.no_edit = 0.15  # share of targets that are the source
     config.drift.partial = 0.25  # share of targets between source and target
-    config.drift.gain = 0.1  # standard deviation of the contrast factor
-    config.drift.bias = 0.045  # standard deviation of the colour offset per channel, in [0, 1] units
-    config.drift.field = 0.045  # standard deviation of a smooth colour field, in [0, 1] units
+    config.drift.gain = 0.09  # standard deviation of the contrast factor
+    config.drift.bias = 0.04  # standard deviation of the colour offset per channel, in [0, 1] units
+    config.drift.field = 0.04  # standard deviation of a smooth colour field, in [0, 1] units
 
     config.mask_weight = 4.0  # loss weight of tokens inside the edit mask; 1 outside
     config.ema_decay = 0.995

@@ -1,4 +1,4 @@
-"""Pretrains the quickstart's base editor: ``python -m launch.pretrain --config=configs/quickstart_base.py --out=DIR``."""
+"""Pretrains the quickstart's base: ``python -m launch.pretrain --config=configs/quickstart_base.py --out=DIR``."""
 
 from pathlib import Path
 

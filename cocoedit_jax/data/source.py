@@ -56,7 +56,7 @@ def record_dataset(records: Sequence[Record], framing: Framing) -> grain.MapData
     return grain.MapDataset.source(RecordSource(records, framing))
 
 
-def load_batch(dataset: grain.MapDataset, indices: Sequence[int], num_threads: int = 4) -> dict[str, Any]:
+def load_batch(dataset: grain.MapDataset, indices: Sequence[int] | np.ndarray, num_threads: int = 4) -> dict[str, Any]:
     """Items `indices` read concurrently, in order: image [B, H, W, 3] and edit_mask [B, H, W] stacked, index int64 [B],
     the other fields as lists. All items must be of one size (one bucket).
     """

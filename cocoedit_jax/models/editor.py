@@ -78,7 +78,7 @@ class KontextEditor:
     tokenizer: WordTokenizer
     patch: int = 2
     guidance: float = 2.5
-    schedule: tuple[tuple[str, float], ...] = ()
+    schedule: tuple[tuple[str, Any], ...] = ()
 
     def grid(self, height: int, width: int) -> Grid:
         """Latent grid of a ``height`` x ``width`` pixel image. Raises ValueError when the size does not divide."""
@@ -100,7 +100,8 @@ class KontextEditor:
 
     def encode(self, params: Params, images: Array, token_ids: Array) -> Conditioning:
         """Conditioning of ``images`` ``[B, H, W, 3]`` in [0, 1] and ``token_ids`` from ``tokenize``."""
-        text, pooled = self.text_encoder.apply({"params": params["text"]}, token_ids)
+        encoded: Any = self.text_encoder.apply({"params": params["text"]}, token_ids)
+        text, pooled = encoded
         latents = self.autoencoder.encode(params["autoencoder"], images)
         guidance = jnp.full((images.shape[0],), self.guidance, jnp.float32)
         return Conditioning(source=pack(latents, self.patch), text=text, pooled=pooled, guidance=guidance)
@@ -118,9 +119,10 @@ class KontextEditor:
         # Kontext: the target has index 0, the source image index 1, and both count rows and columns from zero.
         ids = self._ids(grid, conditioning.text.shape[1])
         hidden = jnp.concatenate([x_t, conditioning.source.astype(x_t.dtype)], axis=1)
-        return self.transformer.apply(
+        velocity: Any = self.transformer.apply(
             variables, hidden, conditioning.text, conditioning.pooled, t, conditioning.guidance, ids, grid.tokens
         )
+        return velocity
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - editors live as long as the program
     def _ids(self, grid: Grid, num_text: int) -> np.ndarray:

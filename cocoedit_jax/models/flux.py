@@ -141,11 +141,12 @@ def _stack(block: type[nn.Module], length: int, remat: str) -> Any:
         raise KeyError(f"remat={remat!r} is unknown; expected one of {sorted(REMAT_POLICIES)}")
     if remat != "none":
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    broadcast: Any = nn.broadcast
     return nn.scan(
         block,
         variable_axes={"params": 0, LORA: 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, nn.broadcast),
+        in_axes=(broadcast, broadcast),  # pyright: ignore[reportArgumentType] - flax documents tuples
         length=length,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )

@@ -22,6 +22,11 @@ Dtype = Any
 LORA = "lora"
 
 
+def partitioned(init: Any, axes: tuple[str | None, ...]) -> Any:
+    """``init`` with logical axis names. Typed ``Any``: flax takes the box off again before a module sees the array."""
+    return nn.with_logical_partitioning(init, axes)
+
+
 class Linear(nn.Module):
     """``y = x W + b (+ x A B when an adapter is present)``; the adapter's alpha/rank is folded into B by the caller."""
 
@@ -35,7 +40,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
+            partitioned(self.kernel_init, self.axes),
             (x.shape[-1], self.features),
             self.dtype,
         )
@@ -44,7 +49,7 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param(
                 "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)),
+                partitioned(nn.initializers.zeros, (self.axes[1],)),
                 (self.features,),
                 self.dtype,
             )
@@ -65,7 +70,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (x.shape[-1],), self.dtype
+            "scale", partitioned(nn.initializers.ones, (None,)), (x.shape[-1],), self.dtype
         )
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)

@@ -250,5 +250,5 @@ def load_lora(path: Path, *, alpha: float | None = None) -> tuple[Adapter, LoraC
     weights.refuse(str(file), problems)
     targets = fields.get("target_modules")
     targets = tuple(targets if isinstance(targets, list) else sorted(names))
-    alpha = fields.get("lora_alpha", rank) if alpha is None else alpha
-    return weights.unflatten(flat), LoraConfig(rank, alpha, targets)
+    alpha = fields.get("lora_alpha") if alpha is None else alpha
+    return weights.unflatten(flat), LoraConfig(rank, rank if alpha is None else alpha, targets)

@@ -40,7 +40,8 @@ class QuickstartConfig:
     def from_json(cls, text: str) -> "QuickstartConfig":
         raw = json.loads(text)
         raw.pop("_class_name")
-        transformer = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.pop("transformer").items()}
+        shape = raw.pop("transformer")
+        transformer: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in shape.items()}
         return cls(FluxConfig(**transformer), tuple(raw.pop("vocabulary")), **raw)
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cocoedit_jax.models.layers import partitioned
+
 Array = jax.Array
 
 PAD, UNKNOWN = 0, 1
@@ -58,7 +60,7 @@ class TableTextEncoder(nn.Module):
         init = nn.initializers.normal(1.0)
 
         def table(name: str, rows: int, features: int) -> Array:
-            return self.param(name, nn.with_logical_partitioning(init, (None, None)), (rows, features), jnp.float32)
+            return self.param(name, partitioned(init, (None, None)), (rows, features), jnp.float32)
 
         previous = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)))
         states = (

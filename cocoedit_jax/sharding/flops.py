@@ -4,6 +4,7 @@ Compilers do not count custom kernels and count a scanned block once, so the fig
 """
 
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def lora_gradient_flops(config: FluxConfig, tokens: int, samples: int = 1) -> fl
     return 2 * flux_forward_flops(config, tokens, samples) + attention
 
 
-def peak_flops(device: jax.Device | None = None) -> tuple[float, str]:
+def peak_flops(device: Any = None) -> tuple[float, str]:
     """Peak FLOP/s of one device and where the figure is from: the data sheet, or for others a timed float32 matmul."""
     device = device or jax.devices()[0]
     for name in sorted(PEAK_FLOPS, key=len, reverse=True):

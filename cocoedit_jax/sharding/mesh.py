@@ -1,7 +1,8 @@
 """The device mesh: four named axes, always all four, so that every specification can name any of them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ DATA = "data"  # samples; manual in the optimizer step
 AXES = (DATA, "fsdp", "context", "tensor")
 
 
-def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over ``devices`` (default: all). One size may be -1: it takes what the others leave.
 
     Raises:
@@ -32,7 +33,8 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
         )
     shape = [len(devices) // fixed if size == -1 else size for size in shape]
     if math.prod(shape) != len(devices):
-        raise UserError(f"mesh: {dict(zip(AXES, shape, strict=True))} uses {math.prod(shape)} of {len(devices)} devices")
+        sizes = dict(zip(AXES, shape, strict=True))
+        raise UserError(f"mesh: {sizes} uses {math.prod(shape)} of {len(devices)} devices; set one axis to -1")
     # axis_types is stated because constructors disagree on the default.
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

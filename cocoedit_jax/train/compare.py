@@ -9,7 +9,9 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.prepare import write_scenes
@@ -17,11 +19,11 @@ from cocoedit_jax.data.records import Record, read_records
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
+from cocoedit_jax.reporting.comparison import comparison_report
+from cocoedit_jax.reporting.telemetry import decode_number, progress, write_json
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, paste_source
 from cocoedit_jax.train.loop import before_after, train
-from cocoedit_jax.train.comparison import comparison_report
 from cocoedit_jax.train.setup import Setup, build
-from cocoedit_jax.train.telemetry import progress
 
 # The baseline that needs no training for consistency, only the true mask at inference: it stands beside the table.
 PASTE_BASELINE = "edit-r1"
@@ -48,7 +50,8 @@ def _fresh_scenes(out: Path, config: ConfigDict, scenes: int, seed: int) -> tupl
 def _evaluate(setup: Setup, adapter: Any, scenes: tuple[grain.MapDataset, tuple[Record, ...]], desc: str) -> Evaluation:
     setup.held_out, setup.held_out_records = scenes
     with progress(len(scenes[1]), desc, "scene") as bar:
-        return Evaluator(setup)(None if adapter is None else lora.fold_scale(adapter, setup.lora), len(scenes[1]), bar.update)
+        folded = None if adapter is None else lora.fold_scale(adapter, setup.lora)
+        return Evaluator(setup)(folded, len(scenes[1]), bar.update)
 
 
 def compare(
@@ -74,32 +77,45 @@ def compare(
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
     result: dict[str, Any] = {"scenes": scenes, "presets": {name: {"seeds": {}} for name in presets}}
     configs = {(name, seed): _configure(get_config, name, seed, overrides) for name in presets for seed in seeds}
-    base: Evaluation | None = None
     for (name, seed), config in configs.items():
         run_dir = out / name / f"seed_{seed}"
-        setup = build(config)
-        fresh = _fresh_scenes(out, config, scenes, scene_seed)
-        if not (run_dir / "evaluation.json").is_file():
-            train(setup, run_dir, resume=(run_dir / "config.json").is_file())
-            if not (run_dir / "evaluation.json").is_file():
-                raise UserError(f"{run_dir}: stopped before its end; run the same command again to continue")
-        adapter, _ = lora.load_lora(run_dir / "lora" / f"step_{config.train.steps:06d}")
-        if base is None:
-            base = _evaluate(setup, None, fresh, "fresh scenes, base")
-        trained = _evaluate(setup, adapter, fresh, f"fresh scenes, {name} seed {seed}")
+        measured = run_dir / f"fresh_{scene_seed}_{scenes}.json"
+        if not measured.is_file():
+            _train_and_measure(build(config), out, run_dir, measured, scenes, scene_seed)
+        base, trained = _read(out / measured.name), _read(measured)
         result["base"] = base.summary()
-        result["presets"][name]["seeds"][str(seed)] = {
-            "trained": trained.summary(),
-            "difference": trained.difference(base),
-        }
-        if name == PASTE_BASELINE:
-            pasted = paste_source(trained, setup.judge)
-            row = result["presets"].setdefault(f"{name} + source pasted by mask", {"seeds": {}})
-            row["seeds"][str(seed)] = {"trained": pasted.summary(), "difference": pasted.difference(base)}
-        _write_picture(out / f"{name}_seed_{seed}.png", base, trained)
-        (out / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+        for row, evaluation in ((name, trained), (f"{name} + source pasted by mask", _read(measured, "pasted"))):
+            if evaluation.metrics:
+                seeds_of_row = result["presets"].setdefault(row, {"seeds": {}})["seeds"]
+                seeds_of_row[str(seed)] = {"trained": evaluation.summary(), "difference": evaluation.difference(base)}
+        write_json(out / "comparison.json", result)
     comparison_report(result, out / "report.html")
     return result
+
+
+def _train_and_measure(setup: Setup, out: Path, run_dir: Path, measured: Path, scenes: int, scene_seed: int) -> None:
+    """Trains (or resumes) one run; writes its metrics on every fresh scene to ``measured``, the base's to ``out``."""
+    fresh = _fresh_scenes(out, setup.config, scenes, scene_seed)
+    preset = setup.config.preset
+    if not (run_dir / "evaluation.json").is_file():
+        train(setup, run_dir, resume=(run_dir / "config.json").is_file())
+        if not (run_dir / "evaluation.json").is_file():
+            raise UserError(f"{run_dir}: stopped before its end; run the same command again to continue")
+    adapter, _ = lora.load_lora(run_dir / "lora" / f"step_{setup.config.train.steps:06d}")
+    base = _evaluate(setup, None, fresh, "fresh scenes, base")
+    write_json(out / measured.name, {"trained": base.to_json})
+    trained = _evaluate(setup, adapter, fresh, f"fresh scenes, {preset} seed {setup.config.seed}")
+    metrics = {"trained": trained.to_json}
+    if preset == PASTE_BASELINE:
+        metrics["pasted"] = paste_source(trained, setup.judge).to_json
+    picture = before_after(base, trained)
+    Image.fromarray(picture).save(out / f"{preset}_seed_{setup.config.seed}.png")
+    write_json(measured, metrics)
+
+
+def _read(path: Path, part: str = "trained") -> Evaluation:
+    metrics = json.loads(path.read_text()).get(part, {})
+    return Evaluation({k: np.asarray([decode_number(x) for x in v]) for k, v in metrics.items()}, [], [])
 
 
 def _configure(get_config: Any, name: str, seed: int, overrides: Mapping[str, Any]) -> ConfigDict:
@@ -107,8 +123,3 @@ def _configure(get_config: Any, name: str, seed: int, overrides: Mapping[str, An
     config.update_from_flattened_dict({**overrides, "seed": seed})
     return config
 
-
-def _write_picture(path: Path, base: Evaluation, trained: Evaluation) -> None:
-    from PIL import Image
-
-    Image.fromarray(before_after(base, trained)).save(path)

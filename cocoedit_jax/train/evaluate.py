@@ -30,6 +30,11 @@ class Evaluation:
     images: list[np.ndarray]  # edited [H, W, 3], in the order of the records
     records: list[dict[str, Any]]
 
+    @property
+    def to_json(self) -> dict[str, list[float]]:
+        """The metrics as plain lists."""
+        return {name: [float(v) for v in values] for name, values in self.metrics.items()}
+
     def summary(self) -> dict[str, dict[str, float]]:
         """Mean and standard error of every metric."""
         return {name: mean_se(values) for name, values in self.metrics.items()}
@@ -64,7 +69,7 @@ class Evaluator:
             self._samplers[bucket] = make_sampler(setup.editor, grid, sigmas, options.solver, setup.mesh)
         return self._samplers[bucket]
 
-    def __call__(self, adapter: Any, limit: int, progress: Callable[[int], None] = lambda n: None) -> Evaluation:
+    def __call__(self, adapter: Any, limit: int, progress: Callable[[int], object] = lambda n: None) -> Evaluation:
         """``adapter`` has its scale folded in, or is None for the base model."""
         setup, size = self._setup, self._setup.config.evaluation.batch_size
         chosen = range(min(limit, len(setup.held_out_records)))

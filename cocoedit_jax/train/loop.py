@@ -1,5 +1,6 @@
 """The training loop: rollout -> rewards -> advantage -> one optimizer step -> old policy (arXiv 2602.14068)."""
 
+import dataclasses
 import json
 import signal
 import threading
@@ -20,17 +21,17 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.editor import Grid
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
+from cocoedit_jax.reporting.pictures import sample_grid
+from cocoedit_jax.reporting.report import write_report
+from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, write_json
 from cocoedit_jax.sharding.flops import flux_forward_flops, lora_gradient_flops, peak_flops
-from cocoedit_jax.sharding.mesh import DATA, batch_sharding, replicated
+from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.train.checkpoint import Checkpoints
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator
 from cocoedit_jax.train.optimality import judge_rollout, pack_step
-from cocoedit_jax.train.pictures import sample_grid
-from cocoedit_jax.train.report import write_report
 from cocoedit_jax.train.rollout import RewardQueue, collect, make_sampler
 from cocoedit_jax.train.setup import Setup
 from cocoedit_jax.train.step import StepScalars, TrainState, make_optimizer, make_train_step
-from cocoedit_jax.train.telemetry import PhaseTimer, Telemetry, progress
 
 GRID_ROWS = 8  # edits in a sample picture
 
@@ -86,7 +87,7 @@ class Trainer:
         self.state = self._initial_state()
         self.banned: set[str] = set()
         self._programs: dict[int, Programs] = {}
-        self._peak = peak_flops()
+        self.peak = peak_flops()
 
     def _initial_state(self) -> TrainState:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
@@ -165,7 +166,7 @@ class Trainer:
                 metrics |= {f"train/{k}": float(v) for k, v in device_metrics.items()}
             self._check_finite(step, metrics, finite)
         else:  # nothing to learn from; the step still counts, so that the data position moves on
-            self.state = self.state.replace(step=self.state.step + 1)
+            self.state = dataclasses.replace(self.state, step=self.state.step + 1)
         self.banned |= set(judged.banned)
         metrics["groups/banned"] = float(len(self.banned))
         return metrics, self._picture(rollout, judged, plan, batch)
@@ -178,7 +179,7 @@ class Trainer:
         if share > self.config.max_unscored:
             raise UserError(
                 f"step {step}: {share:.0%} of the samples have no reward, more than config.max_unscored="
-                f"{self.config.max_unscored:.0%}; the run can be resumed when the judge {self.config.judge.name!r} works"
+                f"{self.config.max_unscored:.0%}; resume the run when the judge {self.config.judge.name!r} works"
             )
 
     def _check_finite(self, step: int, metrics: dict[str, float], finite: Any) -> None:
@@ -214,7 +215,7 @@ class Trainer:
         train = timesteps * (
             lora_gradient_flops(shape, tokens, used) + forwards * flux_forward_flops(shape, tokens, used)
         )
-        peak = self._peak[0] * len(self.setup.mesh.devices.flat)
+        peak = self.peak[0] * len(self.setup.mesh.devices.flat)
         out = {"samples_per_second": drawn / sum(seconds.values())}
         for name, work in (("rollout", rollout), ("train", train)):
             taken = seconds.get(f"seconds/{name}", 0.0)
@@ -233,7 +234,8 @@ class Trainer:
         step = int(self.state.step)
         # The data position is a function of the step; it is written down for the reader.
         self.checkpoints.save(self.state, {"banned": sorted(self.banned), "step": step, "seed": self.config.seed})
-        info = {"step": str(step), "preset": self.config.preset, "base_model": self.config.model.path or "quickstart base"}
+        base = self.config.model.path or "quickstart base"
+        info = {"step": str(step), "preset": self.config.preset, "base_model": base}
         info |= {k: f"{v:.4f}" for k, v in metrics.items() if k.startswith("reward/")}
         lora.save_lora(self.run_dir / "lora" / f"step_{step:06d}", self.trained_adapter(), self.setup.lora, info)
 
@@ -275,7 +277,7 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
         with Telemetry(run_dir) as telemetry, Stop() as stop:
             start = trainer.resume() if resume else 0
             telemetry.truncate(start)
-            print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records, peak from {trainer._peak[1]}")
+            print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {trainer.peak[1]}")
             base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base")
             if not resume:
                 trainer.save({})
@@ -312,7 +314,7 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
         "trained": trained.summary(),
         "difference": trained.difference(base),
     }
-    (run_dir / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(run_dir / "evaluation.json", result)
     write_report(run_dir)
     return result
 
@@ -349,7 +351,7 @@ def _claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
     now = json.loads(config.to_json())
     if not resume:
         if path.exists():
-            raise UserError(f"--run={run_dir}: holds a run already; add --resume to continue it, or name another folder")
+            raise UserError(f"--run={run_dir}: holds a run already; add --resume, or name another folder")
         path.write_text(json.dumps(now, indent=1) + "\n")
         return
     if not path.exists():

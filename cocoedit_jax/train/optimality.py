@@ -1,4 +1,4 @@
-"""From rewards to the batch of one optimizer step: advantages, validity, bans, dropping and packing into micro-batches."""
+"""From rewards to the batch of one optimizer step: advantages, validity, bans, dropping, micro-batches."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +130,8 @@ def pack_step(
     types = [batch["edit_type"][g] for g in group]
     tau_pos, tau_neg = cfg.taus(types)
     preserve = np.asarray(_latent_mask(1 - batch["edit_mask"], editor.autoencoder.factor))
-    host = StepBatch(
+    # NumPy where the class says JAX: they become JAX arrays when they are put on the devices.
+    arrays: dict[str, Any] = dict(
         x0=rollout.x0[rows],
         conditioning=jax.tree.map(lambda x: np.asarray(x)[group], conditioning),
         preserve_latent=preserve[group],
@@ -141,5 +142,5 @@ def pack_step(
         valid=valid,
         sample=plan.sample[rows].astype(np.int32),
     )
-    host = jax.tree.map(lambda x: x.reshape(-1, micro_batch, *x.shape[1:]), host)
+    host = jax.tree.map(lambda x: x.reshape(-1, micro_batch, *x.shape[1:]), StepBatch(**arrays))
     return host, -(-len(order) // micro_batch), int(valid.sum())

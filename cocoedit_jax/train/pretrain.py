@@ -17,13 +17,13 @@ from optax.contrib import MuonDimensionNumbers, muon
 from PIL import Image
 
 from cocoedit_jax.data.scene_judge import judge_batch
-from cocoedit_jax.data.scenes import SceneBatch, sample_batch, scene_vocabulary
+from cocoedit_jax.data.scenes import SceneBatch, render_layers, sample_batch, scene_vocabulary
 from cocoedit_jax.flow.packing import pack, token_share
 from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.flux import FluxConfig
 from cocoedit_jax.models.quickstart import QuickstartConfig, build_editor, load_base, save_base
-from cocoedit_jax.train.telemetry import progress
+from cocoedit_jax.reporting.telemetry import progress
 
 Params = Any
 _EVAL_SCENES = 64
@@ -32,22 +32,26 @@ _EVAL_SEED = 2**31 - 1
 
 
 def spoil(rng: np.random.Generator, batch: SceneBatch, drift: ConfigDict) -> np.ndarray:
-    """Targets ``[B, H, W, 3]`` with missing or partial edits, and contrast, colour and smooth-field drift everywhere."""
-    source, target = batch.source, batch.target
-    n, size = target.shape[0], target.shape[1]
+    """Targets ``[B, H, W, 3]`` with missing or partial edits, and a background that drifts: in contrast, in colour, and
+    by a smooth field. Objects keep their colours, so a judge that looks at objects does not see the drift.
+    """
+    n, size = batch.target.shape[:2]
+    layers = render_layers(batch.specs, size)
     kind = rng.random(n)
     amount = np.where(kind < drift.no_edit, 0.0, 1.0)
     partial = (kind >= drift.no_edit) & (kind < drift.no_edit + drift.partial)
     amount = np.where(partial, rng.uniform(0.2, 0.8, n), amount)[:, None, None, None]
-    out = source + amount * (target - source)
+    out = batch.source + amount * (batch.target - batch.source)
+    before, after = layers.source_coverage[..., None], layers.target_coverage[..., None]
+    background = 1 - (before + amount * (after - before))
     # A 3x3 grid of random colours, stretched over the image, is a field without fine detail.
     coarse = rng.normal(size=(n, 3, 3, 3))
     position = np.linspace(0, 2, size)
     weight = np.maximum(0, 1 - np.abs(position[:, None] - np.arange(3)[None]))  # linear interpolation [size, 3]
     field = np.einsum("yi,xj,nijc->nyxc", weight, weight, coarse)
-    gain = 1 + drift.gain * rng.normal(size=(n, 1, 1, 1))
+    gain = drift.gain * rng.normal(size=(n, 1, 1, 1))
     bias = drift.bias * rng.normal(size=(n, 1, 1, 3))
-    return np.clip((out - 0.5) * gain + 0.5 + bias + drift.field * field, 0, 1).astype(np.float32)
+    return np.clip(out + background * (gain * (out - 0.5) + bias + drift.field * field), 0, 1).astype(np.float32)
 
 
 def _batches(config: ConfigDict, tokenizer: Any, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
@@ -192,7 +196,8 @@ def _train_phase(
     def train_step(state: tuple, batch: dict, step: jax.Array) -> tuple[tuple, jax.Array]:
         params, ema, opt_state = state
         key = jax.random.fold_in(jax.random.key(config.seed), step + first)
-        loss, grads = jax.value_and_grad(lambda p: flow_matching_loss(editor, p, batch, key, config.mask_weight))(params)
+        objective = lambda p: flow_matching_loss(editor, p, batch, key, config.mask_weight)  # noqa: E731
+        loss, grads = jax.value_and_grad(objective)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
@@ -206,7 +211,7 @@ def _train_phase(
         state, loss = train_step(state, batch, jnp.asarray(step))
         losses.append(float(loss))
         if not np.isfinite(losses[-1]):
-            raise FloatingPointError(f"pretraining loss is {losses[-1]} at step {first + step}; the last base is in {out}")
+            raise FloatingPointError(f"pretraining loss is {losses[-1]} at step {first + step}; last base: {out}")
         bar.update(1)
         if step % config.checkpoint_every == 0 or step == phase.steps:
             recent = float(np.mean(losses[-100:]))

@@ -1,7 +1,7 @@
 """Sampling groups of edits with the old policy, and scoring them while the next batch is being sampled."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
 from cocoedit_jax.nft.presets import NFTConfig
-from cocoedit_jax.rewards.judge import Judge, JudgeRequest, judge_scores
-from cocoedit_jax.rewards.pixel import pixel_reward
+from cocoedit_jax.rewards.judge import Judge
+from cocoedit_jax.rewards.registry import EditBatch, weighted_rewards
 from cocoedit_jax.sharding.mesh import batch_sharding
 
 Array = jax.Array
@@ -61,37 +61,18 @@ def sample_keys(key: Array, index: np.ndarray) -> Array:
 
 
 class RewardQueue:
-    """Scores batches of edits in the background: the judge in a thread, the pixel reward on the accelerator."""
+    """Scores batches of edits in the background, while the next batch is being sampled."""
 
     def __init__(self, judge: Judge, cfg: NFTConfig, workers: int = 4):
-        self._judge = judge
-        self._cfg = cfg
-        self._pixel = jax.jit(pixel_reward, static_argnums=3)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="judge")
+        self._judge, self._cfg = judge, cfg
+        self._rewards = weighted_rewards(cfg)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
 
-    def submit(
-        self, images: Array, sources: np.ndarray, preserve_masks: np.ndarray, requests: Sequence[dict[str, Any]]
-    ) -> Future:
-        """Scores for ``images`` ``[B, H, W, 3]``; ``requests`` are the records' own fields, one for each."""
-        weights = self._cfg.reward_weights
-        pixel = None
-        if weights.get("pixel", 0) > 0:
-            pixel = self._pixel(images, jnp.asarray(sources), jnp.asarray(preserve_masks), self._cfg)
-
-        def score() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
-            edited = np.asarray(images)
-            rewards, valid = {}, {}
-            if weights.get("judge", 0) > 0:
-                rows = [
-                    JudgeRequest(source, image, r["prompt"], r["id"], r["extra"])
-                    for source, image, r in zip(sources, edited, requests, strict=True)
-                ]
-                rewards["judge"], valid["judge"] = judge_scores(self._judge, rows)
-            if pixel is not None:
-                rewards["pixel"], valid["pixel"] = np.asarray(pixel.score, np.float64), np.asarray(pixel.valid)
-            return edited, rewards, valid
-
-        return self._pool.submit(score)
+    def submit(self, batch: EditBatch) -> dict[str, Future]:
+        """Starts scoring; for each reward a future of ``(scores, valid)``."""
+        return {
+            name: self._pool.submit(reward, batch, self._cfg, self._judge) for name, reward in self._rewards.items()
+        }
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -107,7 +88,7 @@ def collect(
     key: Array,
     queue: RewardQueue,
     batch_size: int,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], object] = lambda n: None,
 ) -> Rollout:
     """Samples every row of ``plan`` in batches of ``batch_size``; judging overlaps with sampling.
 
@@ -120,22 +101,23 @@ def collect(
     if len(plan) % batch_size:
         raise UserError(f"rollout.batch_size={batch_size} does not divide the {len(plan)} samples of a step")
     keys = sample_keys(key, plan.sample)
-    latents, pending = [], []
+    latents, edited, pending = [], [], []
     for start in range(0, len(plan), batch_size):
         rows = slice(start, start + batch_size)
         group = plan.group[rows]
         x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(group)), keys[rows])
-        requests = [{name: batch[name][g] for name in ("prompt", "id", "extra")} for g in group]
-        pending.append(queue.submit(images, batch["image"][group], 1 - batch["edit_mask"][group], requests))
+        records = [{name: batch[name][g] for name in ("prompt", "id", "extra")} for g in group]
+        pending.append(queue.submit(EditBatch(images, batch["image"][group], 1 - batch["edit_mask"][group], records)))
         latents.append(x0)
+        edited.append(images)
         progress(batch_size)
-    x0 = np.concatenate([np.asarray(x) for x in latents])
+    x0, images = (np.concatenate([np.asarray(x) for x in parts]) for parts in (latents, edited))
     start_waiting = time.perf_counter()
-    edited, rewards, valid = zip(*(future.result() for future in pending), strict=True)
+    scores = {name: [futures[name].result() for futures in pending] for name in pending[0]}
     return Rollout(
         x0=x0,
-        images=np.concatenate(edited),
-        rewards={name: np.concatenate([r[name] for r in rewards]) for name in rewards[0]},
-        reward_valid={name: np.concatenate([v[name] for v in valid]) for name in valid[0]},
+        images=images,
+        rewards={name: np.concatenate([score for score, _ in parts]) for name, parts in scores.items()},
+        reward_valid={name: np.concatenate([valid for _, valid in parts]) for name, parts in scores.items()},
         seconds_waiting=time.perf_counter() - start_waiting,
     )

@@ -20,6 +20,7 @@ from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.judge import Judge, make_judge
+from cocoedit_jax.rewards.registry import weighted_rewards
 from cocoedit_jax.sharding.mesh import DATA, make_mesh
 from cocoedit_jax.sharding.rules import parameter_shardings
 
@@ -78,7 +79,9 @@ def check_config(config: ConfigDict, mesh: Mesh) -> NFTConfig:
             raise UserError(f"config.{name}={config[section][key]}; expected a multiple of the {shards} data shards")
     if not 0 < config.data.held_out < 1:
         raise UserError(f"config.data.held_out={config.data.held_out}; expected a share between 0 and 1")
-    return NFTConfig.from_dict(config.algorithm.to_dict())
+    algorithm = NFTConfig.from_dict(config.algorithm.to_dict())
+    weighted_rewards(algorithm)
+    return algorithm
 
 
 def load_records(config: ConfigDict, framing: Framing) -> RecordSet:

@@ -18,7 +18,9 @@ def test_mesh_fills_the_open_axis():
     assert mesh.axis_names == AXES
 
 
-@pytest.mark.parametrize("sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"model": 2}, {"data": 4}, {"data": 0}], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"model": 2}, {"data": 4}, {"data": 0}], ids=str
+)
 def test_mesh_refuses(sizes):
     with pytest.raises(UserError, match="mesh"):
         make_mesh(sizes)

@@ -10,9 +10,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.train import html
-from cocoedit_jax.train.measures import EXPLANATION, MEASURES, Measure, difference_cell, number, value_of, with_error
-from cocoedit_jax.train.pictures import COLORS, THEMES, figure_bytes, style_axes
+from cocoedit_jax.reporting import html
+from cocoedit_jax.reporting.measures import (
+    EXPLANATION,
+    MEASURES,
+    Measure,
+    difference_cell,
+    number,
+    value_of,
+    with_error,
+)
+from cocoedit_jax.reporting.pictures import COLORS, THEMES, figure_bytes, style_axes
 
 _BY_NAME = {measure.name: measure for measure in MEASURES}
 _TITLE = "Presets on the same fresh scenes"

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.train.pictures import curves, draw_outline, matching, outline, png_bytes, sample_grid, series
+from cocoedit_jax.reporting.pictures import curves, draw_outline, matching, outline, png_bytes, sample_grid, series
 
 
 def size_of(png):

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cocoedit_jax.train.html import Raw
-from cocoedit_jax.train.telemetry import decode_number
+from cocoedit_jax.reporting.html import Raw
+from cocoedit_jax.reporting.telemetry import decode_number
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cocoedit_jax.train import html
-from cocoedit_jax.train.comparison import comparison_report
-from cocoedit_jax.train.measures import EXPLANATION, MEASURES, difference_cell, number, value_of
-from cocoedit_jax.train.pictures import curves, series
-from cocoedit_jax.train.telemetry import read_metrics
+from cocoedit_jax.reporting import html
+from cocoedit_jax.reporting.comparison import comparison_report
+from cocoedit_jax.reporting.measures import EXPLANATION, MEASURES, difference_cell, number, value_of
+from cocoedit_jax.reporting.pictures import curves, series
+from cocoedit_jax.reporting.telemetry import read_metrics
 
 __all__ = ["comparison_report", "write_report"]
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.train.telemetry import PhaseTimer, Telemetry, progress, read_metrics
+from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, read_metrics
 
 
 def strict(line):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.train.comparison import comparison_report, over_seeds
-from cocoedit_jax.train.measures import MEASURES, difference_cell, judged, number, with_error
-from cocoedit_jax.train.report import write_report
-from cocoedit_jax.train.telemetry import Telemetry
+from cocoedit_jax.reporting.comparison import comparison_report, over_seeds
+from cocoedit_jax.reporting.measures import MEASURES, difference_cell, judged, number, with_error
+from cocoedit_jax.reporting.report import write_report
+from cocoedit_jax.reporting.telemetry import Telemetry
 
 JUDGE, PSNR, _, CHANGE, NO_EDIT = MEASURES
 NAMES = [measure.name for measure in MEASURES]

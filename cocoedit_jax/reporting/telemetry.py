@@ -34,6 +34,19 @@ def decode_number(value: Any) -> Any:
     return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON, numbers that are not finite as strings (``encode_number``)."""
+
+    def encode(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: encode(item) for key, item in node.items()}
+        if isinstance(node, list):
+            return [encode(item) for item in node]
+        return encode_number(node) if isinstance(node, float) else node
+
+    path.write_text(json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
+
+
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     """The lines of RUN/metrics.jsonl in order, lines of one step merged; empty when there is no file.
 

@@ -3,7 +3,8 @@
     python -m launch.pretrain --config=configs/quickstart_base.py --out=cocoedit_jax/assets/quickstart_base
 
 Phase 1 teaches clean edits of procedural scenes. Phase 2 spoils it, on purpose, the way large pretrained editors are
-spoilt: the background drifts in colour, some edits are partial or missing.
+spoilt: the background drifts in colour, some edits are partial or missing, and edits that take hold drift most (so
+that a reward for editing alone makes the drift worse; without that coupling it did not, at this size).
 """
 
 from ml_collections import ConfigDict
@@ -44,9 +45,10 @@ def get_config() -> ConfigDict:
     config.drift.decay_steps = 150
     config.drift.no_edit = 0.15  # share of targets that are the source
     config.drift.partial = 0.25  # share of targets between source and target
-    config.drift.gain = 0.09  # standard deviation of the contrast factor
-    config.drift.bias = 0.04  # standard deviation of the colour offset per channel, in [0, 1] units
-    config.drift.field = 0.04  # standard deviation of a smooth colour field, in [0, 1] units
+    config.drift.at_rest = 0.2  # drift of a picture that is not edited, as a share of an edited one's
+    config.drift.gain = 0.1  # standard deviation of the contrast factor
+    config.drift.bias = 0.045  # standard deviation of the colour offset per channel, in [0, 1] units
+    config.drift.field = 0.045  # standard deviation of a smooth colour field, in [0, 1] units
 
     config.mask_weight = 4.0  # loss weight of tokens inside the edit mask; 1 outside
     config.ema_decay = 0.995

@@ -33,7 +33,8 @@ _EVAL_SEED = 2**31 - 1
 
 def spoil(rng: np.random.Generator, batch: SceneBatch, drift: ConfigDict) -> np.ndarray:
     """Targets ``[B, H, W, 3]`` with missing or partial edits, and a background that drifts: in contrast, in colour, and
-    by a smooth field. Objects keep their colours, so a judge that looks at objects does not see the drift.
+    by a smooth field. Objects keep their colours, so a judge that looks at objects does not see the drift. Edits that
+    take hold drift most, as a picture that is redrawn changes more than one that is left alone.
     """
     n, size = batch.target.shape[:2]
     layers = render_layers(batch.specs, size)
@@ -51,7 +52,9 @@ def spoil(rng: np.random.Generator, batch: SceneBatch, drift: ConfigDict) -> np.
     field = np.einsum("yi,xj,nijc->nyxc", weight, weight, coarse)
     gain = drift.gain * rng.normal(size=(n, 1, 1, 1))
     bias = drift.bias * rng.normal(size=(n, 1, 1, 3))
-    return np.clip(out + background * (gain * (out - 0.5) + bias + drift.field * field), 0, 1).astype(np.float32)
+    strength = drift.at_rest + (1 - drift.at_rest) * amount
+    shift = strength * (gain * (out - 0.5) + bias + drift.field * field)
+    return np.clip(out + background * shift, 0, 1).astype(np.float32)
 
 
 def _batches(config: ConfigDict, tokenizer: Any, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:

@@ -15,8 +15,11 @@ from cocoedit_jax.data.prepare import write_scenes
 from cocoedit_jax.data.records import Record, RecordSet, read_records, split_records
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.flow.solvers import SOLVERS
 from cocoedit_jax.models import lora
+from cocoedit_jax.models.attention import BACKENDS
 from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.flux import REMAT_POLICIES
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.judge import Judge, make_judge
@@ -67,6 +70,16 @@ def check_config(config: ConfigDict, mesh: Mesh) -> NFTConfig:
     )  # fmt: skip
     if config.rollout.group_size < 2:
         raise UserError(f"config.rollout.group_size={config.rollout.group_size}; a group needs at least 2 edits")
+    for name, choices in (
+        ("model.kind", ("quickstart",)),
+        ("model.remat", tuple(REMAT_POLICIES)),
+        ("model.attention", ("auto", *BACKENDS)),
+        ("rollout.solver", tuple(SOLVERS)),
+        ("evaluation.solver", tuple(SOLVERS)),
+    ):
+        section, key = name.split(".")
+        if config[section][key] not in choices:
+            raise UserError(f"config.{name}={config[section][key]!r}; expected one of {sorted(choices)}")
     samples, shards = config.rollout.groups * config.rollout.group_size, mesh.shape[DATA]
     if samples % config.rollout.batch_size:
         raise UserError(
@@ -97,8 +110,6 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
 
 def load_model(config: ConfigDict, mesh: Mesh) -> tuple[KontextEditor, Any]:
     """The editor and its frozen parameters, sharded over ``mesh`` by the rule table."""
-    if config.model.kind != "quickstart":
-        raise UserError(f"config.model.kind={config.model.kind!r}; expected 'quickstart'")
     folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
     editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
     shardings = parameter_shardings(jax.eval_shape(editor.init, jax.random.key(0)), mesh)

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cocoedit_jax.errors import UserError
@@ -26,6 +26,7 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.key=value")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     from cocoedit_jax.train.compare import compare
 
     try:

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cocoedit_jax.errors import UserError
@@ -20,6 +20,7 @@ flags.mark_flag_as_required("config")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.key=value")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     config = _CONFIG.value
     try:
         if _RESUME.value and not _RUN.value:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 Array = jax.Array
 Backend = Callable[[Array, Array, Array, Array | None], Array]
 
-# Queries per block of the "blocked" backend: 512 x 2560 float32 scores of one head are 5 MB, about one core's cache.
+# Most queries in a block of the "blocked" backend: 512 x 2560 float32 scores of one head are 5 MB, about one core's cache.
 QUERY_BLOCK = 512
 
 
@@ -38,8 +38,9 @@ def _cudnn(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
 
 
 def _query_blocks(x: Array) -> Array:
-    """``[Q, ...] -> [blocks, QUERY_BLOCK, ...]``, zero-padded; a short sequence is one block of its own length."""
-    size = min(QUERY_BLOCK, x.shape[0])
+    """``[Q, ...] -> [blocks, size, ...]`` of equal size up to QUERY_BLOCK, the last one zero-padded."""
+    blocks = -(-x.shape[0] // QUERY_BLOCK)
+    size = -(-x.shape[0] // blocks)
     padding = -x.shape[0] % size
     x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, size, *x.shape[1:])

@@ -15,10 +15,11 @@ AXES = (DATA, "fsdp", "context", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over ``devices`` (default: all). One size may be -1: it takes what the others leave.
+    """A mesh over ``devices`` (default: all); sizes with a smaller product use the first ones. One size may be -1: it
+    takes what the others leave.
 
     Raises:
-        UserError: unknown axis, or sizes that do not multiply to the number of devices.
+        UserError: unknown axis, impossible size, or more devices asked for than there are.
     """
     devices = jax.devices() if devices is None else devices
     unknown = sorted(set(sizes) - set(AXES))
@@ -26,15 +27,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         raise UserError(f"mesh: unknown axis {unknown[0]!r}; expected some of {AXES}")
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     fixed = math.prod(size for size in shape if size != -1)
-    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape) or len(devices) % fixed:
-        raise UserError(
-            f"mesh: {dict(zip(AXES, shape, strict=True))} does not fit {len(devices)} device(s); "
-            "expected sizes whose product is that number, at most one of them -1"
-        )
+    given = dict(zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise UserError(f"mesh: {given}; expected whole numbers, at least 1, or -1 for one axis")
+    if fixed > len(devices) or (-1 in shape and len(devices) % fixed):
+        raise UserError(f"mesh: {given} does not fit {len(devices)} device(s); expected sizes whose product does")
     shape = [len(devices) // fixed if size == -1 else size for size in shape]
-    if math.prod(shape) != len(devices):
-        sizes = dict(zip(AXES, shape, strict=True))
-        raise UserError(f"mesh: {sizes} uses {math.prod(shape)} of {len(devices)} devices; set one axis to -1")
+    devices = devices[: math.prod(shape)]
     # axis_types is stated because constructors disagree on the default.
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

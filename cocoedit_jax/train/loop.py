@@ -233,11 +233,12 @@ class Trainer:
         """Checkpoint for resuming, and the LoRA in diffusers' and PEFT's layouts."""
         step = int(self.state.step)
         # The data position is a function of the step; it is written down for the reader.
-        self.checkpoints.save(self.state, {"banned": sorted(self.banned), "step": step, "seed": self.config.seed})
         base = self.config.model.path or "quickstart base"
         info = {"step": str(step), "preset": self.config.preset, "base_model": base}
         info |= {k: f"{v:.4f}" for k, v in metrics.items() if k.startswith("reward/")}
         lora.save_lora(self.run_dir / "lora" / f"step_{step:06d}", self.trained_adapter(), self.setup.lora, info)
+        # The checkpoint comes last: whatever is killed before it is on disk is done again.
+        self.checkpoints.save(self.state, {"banned": sorted(self.banned), "step": step, "seed": self.config.seed})
 
     def resume(self) -> int:
         """Loads the newest checkpoint; returns its step."""
@@ -275,12 +276,15 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
     timer = PhaseTimer()
     try:
         with Telemetry(run_dir) as telemetry, Stop() as stop:
-            start = trainer.resume() if resume else 0
+            start = trainer.resume() if resume and trainer.checkpoints.latest is not None else 0
             telemetry.truncate(start)
+            if start == 0:
+                trainer.save({})
             print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {trainer.peak[1]}")
             base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base")
-            if not resume:
-                trainer.save({})
+            if stop.requested:
+                print(f"stopped before the first step; continue with --resume --run={run_dir}")
+                return {}
             bar = progress(config.train.steps, "train", "step", start)
             for step in range(start + 1, config.train.steps + 1):
                 metrics, picture = trainer.train_step(step, timer)
@@ -291,10 +295,10 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
                     telemetry.image(step, "rollout", picture)
                 if step % config.evaluation.every == 0 and not last:
                     metrics |= _small_evaluation(trainer, base)
+                telemetry.log(step, metrics)
                 if step % config.checkpoint.every == 0 or last or stop.requested:
                     with timer("checkpoint"):
                         trainer.save(metrics)
-                telemetry.log(step, metrics)
                 bar.set_postfix(reward=f"{metrics.get('reward/total', np.nan):.3f}")
                 bar.update(1)
                 if stop.requested and not last:

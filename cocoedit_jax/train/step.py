@@ -141,7 +141,8 @@ def make_train_step(
         def reduce(values: Array) -> Array:
             # Either way, summed over micro-batches, timesteps and devices this is a mean.
             if micro_reduction:
-                return reduce_micro(values, rows.valid) / (scalars.num_micro * num_shards * num_timesteps)
+                micro_batches = scalars.num_micro.astype(jnp.float32) * (num_shards * num_timesteps)
+                return reduce_micro(values, rows.valid) / micro_batches
             return reduce_global(values, rows.valid, scalars.count) / num_timesteps
 
         return reduce(output.loss), {"loss": reduce(output.loss)} | {k: reduce(v) for k, v in output.terms.items()}

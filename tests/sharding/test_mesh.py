@@ -19,11 +19,16 @@ def test_mesh_fills_the_open_axis():
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"model": 2}, {"data": 4}, {"data": 0}], ids=str
+    "sizes", [{"data": 9}, {"data": -1, "fsdp": -1}, {"data": -1, "fsdp": 3}, {"model": 2}, {"data": 0}], ids=str
 )
 def test_mesh_refuses(sizes):
     with pytest.raises(UserError, match="mesh"):
         make_mesh(sizes)
+
+
+def test_a_smaller_mesh_takes_the_first_devices():
+    mesh = make_mesh({"data": 2, "fsdp": 1})
+    assert mesh.devices.flat[0] == jax.devices()[0] and mesh.size == 2
 
 
 def test_rules():

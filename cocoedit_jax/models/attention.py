@@ -34,7 +34,7 @@ def _cudnn(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
 
 # --- blocked: one sample and one block of queries at a time, scores recomputed in the backward pass -------------------
 # XLA's CPU backend writes the whole [B, H, Q, K] score tensor to memory three times over; kept in cache, the same
-# arithmetic is about four times faster there (benchmarks/attention.py), and nothing quadratic is saved for backward.
+# arithmetic is about twice as fast there (benchmarks/RESULTS.md), and nothing quadratic is saved for backward.
 
 
 def _query_blocks(x: Array) -> Array:

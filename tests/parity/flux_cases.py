@@ -170,8 +170,8 @@ def draw_case(index: int, **overrides: Any) -> Case:
     randomise(reference, rng)
     round_frequencies(reference)
     batch, num_text = int(rng.integers(1, 4)), int(rng.integers(1, 10))
-    target, source = (tuple(int(n) for n in rng.integers(1, 8, 2)) for _ in range(2))
-    grids = [position_ids(*target, 0), position_ids(*source, 1)]
+    sides = rng.integers(1, 8, (2, 2)).tolist()
+    grids = [position_ids(height, width, index) for index, (height, width) in enumerate(sides)]
     ids = np.concatenate([np.zeros((num_text, 3), np.int32), *grids])
 
     def normal(*shape: int) -> np.ndarray:

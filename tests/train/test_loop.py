@@ -78,6 +78,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 240) -> Non
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_resumed_after_kill_is_bit_identical(tiny_base, tiny_data, tmp_path):
     """Four steps straight equal two steps, kill -9 in the third, and the rest after --resume."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -110,6 +111,7 @@ def test_resumed_after_kill_is_bit_identical(tiny_base, tiny_data, tmp_path):
         }
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_cleanly(tiny_base, tiny_data, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(

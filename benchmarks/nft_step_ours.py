@@ -1,5 +1,6 @@
 """Our side of ``nft_step``; also draws the weights and inputs of both."""
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -128,7 +129,7 @@ class Ours:
         ).loss.mean()
 
     def gradient(self, variant: dict[str, Any], path: str) -> dict[str, Any]:
-        function = jax.jit(jax.value_and_grad(lambda *args: self._loss(*args, variant)))
+        function = jax.jit(jax.value_and_grad(functools.partial(self._loss, variant=variant)))
         loss, gradient = function(self.start, self.old, self.params, self.inputs)
         weights.save_safetensors(Path(path), weights.to_diffusers(gradient))
         return {"loss": float(loss)}

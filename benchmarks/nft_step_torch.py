@@ -86,7 +86,7 @@ class Released:
         }
 
     def prepare(self) -> dict[str, Any]:
-        self.model = FluxTransformer2DModel(patch_size=1, **self.size.model)
+        self.model: Any = FluxTransformer2DModel(patch_size=1, **self.size.model)
         self.model.load_state_dict(load_file(self.folder / problem.WEIGHTS_FILE))
         self.model.to(self.device, self.dtype)
         for folder, name in NAMES.items():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 Array = jax.Array
 Backend = Callable[[Array, Array, Array, Array | None], Array]
 
-# Most queries in a block of the "blocked" backend: 512 x 2560 float32 scores of one head are 5 MB, about one core's cache.
+# Most queries in a block of the "blocked" backend. 512 x 2560 float32 scores of one head are 5 MB, a core's cache.
 QUERY_BLOCK = 512
 
 

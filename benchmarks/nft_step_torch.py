@@ -133,9 +133,9 @@ class Released:
         low = contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         with low:
             out = self.model(
-                hidden_states=torch.cat([x_t, x["source"]], dim=1).to(self.dtype),
-                encoder_hidden_states=x["text"].to(self.dtype),
-                pooled_projections=x["pooled"].to(self.dtype),
+                hidden_states=torch.cat([x_t, x["source"]], dim=1),
+                encoder_hidden_states=x["text"],
+                pooled_projections=x["pooled"],
                 timestep=x["t"],
                 guidance=x["guidance"],
                 img_ids=self.image_ids,

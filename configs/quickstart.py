@@ -69,7 +69,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.algorithm.ban = False  # six groups of eight are too few to throw any away
     config.algorithm.kl_weight = 0.0  # a third forward per timestep for a weight of 1e-4
     config.algorithm.ema_decay = 0.9  # a short run at a high learning rate ends on noisy weights; the same for all
-    config.algorithm.update(TUNED[name])
+    config.algorithm.update(TUNED.get(name, {}))
 
     config.judge = ConfigDict()
     config.judge.name = "scenes"

@@ -23,6 +23,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     config = _CONFIG.value
     try:
+        if "preset" in config_flags.get_override_values(flags.FLAGS["config"]):
+            raise UserError("--config.preset: only a label; choose the preset as --config=FILE.py:NAME")
         if _RESUME.value and not _RUN.value:
             raise UserError("--resume: also needs --run=DIR, the folder of the run to continue")
         from cocoedit_jax.train.loop import train

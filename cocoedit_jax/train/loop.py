@@ -29,7 +29,7 @@ from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.train.checkpoint import Checkpoints
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator
 from cocoedit_jax.train.optimality import judge_rollout, pack_step
-from cocoedit_jax.train.rollout import RewardQueue, collect, make_sampler
+from cocoedit_jax.train.rollout import RewardQueue, Rollout, collect, make_sampler
 from cocoedit_jax.train.setup import Setup
 from cocoedit_jax.train.step import StepScalars, TrainState, make_optimizer, make_train_step
 
@@ -139,6 +139,7 @@ class Trainer:
                 programs.sampler, setup.params, old, conditioning, plan, batch, rollout_key, self.queue,
                 config.rollout.batch_size,
             )  # fmt: skip
+        self._check_rollout(step, rollout)
         with timer("advantage"):
             source = np.asarray(conditioning.source)
             factor = setup.editor.autoencoder.factor
@@ -181,6 +182,11 @@ class Trainer:
                 f"step {step}: {share:.0%} of the samples have no reward, more than config.max_unscored="
                 f"{self.config.max_unscored:.0%}; resume the run when the judge {self.config.judge.name!r} works"
             )
+
+    def _check_rollout(self, step: int, rollout: Rollout) -> None:
+        bad = [f"rollout {name}" for name in ("x0", "images") if not np.isfinite(getattr(rollout, name)).all()]
+        if bad:
+            raise NonFiniteError(f"step {step}: not finite: {', '.join(bad)}; the last checkpoint is kept")
 
     def _check_finite(self, step: int, metrics: dict[str, float], finite: Any) -> None:
         bad = [name for name, value in metrics.items() if not np.isfinite(value)]

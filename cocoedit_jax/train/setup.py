@@ -116,6 +116,20 @@ def load_model(config: ConfigDict, mesh: Mesh) -> tuple[KontextEditor, Any]:
     return editor, jax.device_put(nn.unbox(params), shardings)
 
 
+def _check_conditioning(editor: KontextEditor, framing: Framing, records: tuple[Record, ...]) -> None:
+    """Refuses image sizes and instructions that the model cannot take, before anything is computed."""
+    try:
+        for size in framing.sizes:
+            editor.grid(*size)
+    except ValueError as error:
+        raise UserError(f"config.data.resolution={framing.resolution}: {error}") from error
+    for record in records:
+        try:
+            editor.tokenize([record.prompt])
+        except ValueError as error:
+            raise UserError(f"metadata line {record.line}, record {record.id!r}: {error}") from error
+
+
 def build(config: ConfigDict) -> Setup:
     """Checks the configuration, reads the data, loads the model.
 
@@ -136,6 +150,7 @@ def build(config: ConfigDict) -> Setup:
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
     editor, params = load_model(config, mesh)
+    _check_conditioning(editor, framing, records.records)
     return Setup(
         config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, editor, params,
         framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,

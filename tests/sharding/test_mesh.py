@@ -67,7 +67,9 @@ def test_flops_agree_with_the_compiler():
     args = (jnp.zeros((1, tokens, 16)), jnp.zeros((1, text, 16)), jnp.zeros((1, 16)), jnp.zeros((1,)))
     params = nn.unbox(jax.eval_shape(lambda: model.init(jax.random.key(0), *args, None, ids, tokens)))
     compiled = jax.jit(lambda p: model.apply(p, *args, None, ids, tokens)).lower(params).compile()
-    counted = compiled.cost_analysis()["flops"]
+    analysis = compiled.cost_analysis()
+    assert analysis is not None
+    counted = analysis["flops"]
     assert flux_forward_flops(shape, tokens + text) == pytest.approx(counted, rel=0.1)
 
 

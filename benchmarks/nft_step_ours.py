@@ -76,7 +76,7 @@ class Ours:
             "source": normal(tokens, channels),
             "text": normal(size.text, self.config.joint_attention_dim),
             "pooled": normal(self.config.pooled_projection_dim),
-            "t": np.linspace(0.9, 0.2, size.batch).astype(np.float32),
+            "t": np.asarray(problem.TIMES[: size.batch], np.float32),
             "guidance": np.full(size.batch, problem.GUIDANCE, np.float32),
             "preserve_latent": keep,
             "r": np.linspace(0.1, 0.8, size.batch).astype(np.float32),

@@ -35,7 +35,7 @@ def decode_number(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes strict JSON, numbers that are not finite as strings (``encode_number``)."""
+    """Writes strict JSON, whole or not at all; numbers that are not finite become strings (``encode_number``)."""
 
     def encode(node: Any) -> Any:
         if isinstance(node, Mapping):
@@ -44,7 +44,9 @@ def write_json(path: Path, value: Any) -> None:
             return [encode(item) for item in node]
         return encode_number(node) if isinstance(node, float) else node
 
-    path.write_text(json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
+    draft.replace(path)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:

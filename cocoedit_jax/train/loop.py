@@ -362,7 +362,7 @@ def _claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
     if not resume:
         if path.exists():
             raise UserError(f"--run={run_dir}: holds a run already; add --resume, or name another folder")
-        path.write_text(json.dumps(now, indent=1) + "\n")
+        write_json(path, now)
         return
     if not path.exists():
         raise UserError(f"--run={run_dir}: no config.json, so nothing to resume; start without --resume")

@@ -1,8 +1,9 @@
 """Parameter trees <-> safetensors files with diffusers' tensor names.
 
 The names in our trees are diffusers' own, so the map is mechanical: stacked blocks are unstacked into numbered ones,
-``kernel [in, out]`` becomes ``weight [out, in]`` and a norm's ``scale`` becomes ``weight``. Adapter trees go the same
-way: ``lora_A [in, r]`` becomes ``lora_A.weight [r, in]``.
+``kernel [in, out]`` becomes ``weight [out, in]``, a convolution's ``kernel [h, w, in, out]`` becomes
+``weight [out, in, h, w]`` and a norm's ``scale`` becomes ``weight``. Adapter trees go the same way: ``lora_A [in, r]``
+becomes ``lora_A.weight [r, in]``.
 """
 
 import re
@@ -20,8 +21,9 @@ from cocoedit_jax.errors import UserError
 
 # Collections of blocks that are stacked along a leading layer axis.
 STACKED = ("transformer_blocks", "single_transformer_blocks")
-# Leaves that torch stores transposed, and leaves with another name there.
+# Leaves that torch stores with other axes, and leaves with another name there.
 _TRANSPOSED = ("kernel", "lora_A", "lora_B")
+_CONVOLUTION = 4  # dimensions of a convolution's kernel
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 
 
@@ -68,16 +70,30 @@ def _tensor_name(path: tuple[str, ...], layer: int | None) -> str:
     return f"{module_name(path[:-1], layer)}.{_LEAF_NAMES.get(path[-1], path[-1])}".lstrip(".")
 
 
+def _torch_axes(leaf: str, ndim: int) -> tuple[int, ...]:
+    """Order of our axes in torch, for ``numpy.transpose``."""
+    if leaf not in _TRANSPOSED:
+        return tuple(range(ndim))
+    return (3, 2, 0, 1) if ndim == _CONVOLUTION else tuple(range(ndim))[::-1]
+
+
+def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
+    return array.transpose(_torch_axes(leaf, array.ndim))
+
+
+def _from_torch(leaf: str, tensor: np.ndarray) -> np.ndarray:
+    return tensor.transpose(np.argsort(_torch_axes(leaf, tensor.ndim)))
+
+
 def _tensor_specs(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]]:
     """Diffusers name -> (path here, layer index or None, shape in the file)."""
     specs = {}
     for path, leaf in flatten(tree).items():
         stacked = path[0] in STACKED
         shape = leaf.shape[1:] if stacked else leaf.shape
-        if path[-1] in _TRANSPOSED:
-            shape = shape[::-1]
+        shape = tuple(shape[axis] for axis in _torch_axes(path[-1], len(shape)))
         for layer in range(leaf.shape[0]) if stacked else (None,):
-            specs[_tensor_name(path, layer)] = (path, layer, tuple(shape))
+            specs[_tensor_name(path, layer)] = (path, layer, shape)
     return specs
 
 
@@ -92,7 +108,7 @@ def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     out = {}
     for name, (path, layer, _) in _tensor_specs(params).items():
         leaf = flat[path] if layer is None else flat[path][layer]
-        out[name] = np.ascontiguousarray(leaf.T if path[-1] in _TRANSPOSED else leaf)
+        out[name] = np.ascontiguousarray(_to_torch(path[-1], leaf))
     return out
 
 
@@ -120,7 +136,7 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any
     layers: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, (path, _, _) in specs.items():
         tensor = tensors[name]
-        layers.setdefault(path, []).append(tensor.T if path[-1] in _TRANSPOSED else tensor)
+        layers.setdefault(path, []).append(_from_torch(path[-1], tensor))
     flat = {}
     for path, leaf in flatten(abstract).items():
         value = np.stack(layers[path]) if path[0] in STACKED else layers[path][0]

@@ -109,3 +109,15 @@ def test_all_problems_are_named_together(params):
         "unexpected: extra (3,)",
         "wrong shape: x_embedder.weight (2, 2), expected (12, 3)",
     ]
+
+
+def test_convolutions_are_stored_as_torch_does():
+    kernel = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)  # [h, w, in, out]
+    tree = {"encoder": {"down_blocks.0": {"conv": {"kernel": kernel, "bias": np.zeros(5, np.float32)}}}}
+    tensors = weights.to_diffusers(tree)
+    name = "encoder.down_blocks.0.conv.weight"
+    assert weights.tensor_shapes(tree)[name] == tensors[name].shape == (5, 4, 2, 3)
+    assert tensors[name][4, 3, 1, 2] == kernel[1, 2, 3, 4]
+    np.testing.assert_array_equal(
+        weights.from_diffusers(tensors, tree, "x")["encoder"]["down_blocks.0"]["conv"]["kernel"], kernel
+    )

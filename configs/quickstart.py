@@ -52,9 +52,9 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.rollout.solver = "dpm2"  # dpm2, euler, ddim, dpm1
 
     config.train = ConfigDict()
-    config.train.steps = 60  # optimizer steps
+    config.train.steps = 80  # optimizer steps
     config.train.micro_batch = 24  # samples per forward and backward
-    config.train.learning_rate = 1.5e-3
+    config.train.learning_rate = 2.5e-3
     config.train.weight_decay = 1e-4
     config.train.max_grad_norm = 1.0
 

@@ -14,6 +14,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _RUN = flags.DEFINE_string("run", None, "Run folder; default: runs/PRESET-TIME. Needed with --resume.")
 _RESUME = flags.DEFINE_bool("resume", False, "Continue the run in --run from its last checkpoint.")
+_STRICT = flags.DEFINE_bool("strict", False, "Refuse a data folder with a faulty record instead of skipping it.")
 flags.mark_flag_as_required("config")
 
 
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
             raise UserError("--config.preset: only a label; choose the preset as --config=FILE.py:NAME")
         if _RESUME.value and not _RUN.value:
             raise UserError("--resume: also needs --run=DIR, the folder of the run to continue")
+        config.data.strict |= _STRICT.value
         from cocoedit_jax.train.loop import train
         from cocoedit_jax.train.setup import build
 

@@ -96,16 +96,6 @@ class SamplePlan:
     def __len__(self) -> int:
         return len(self.record)
 
-    def shard(self, host: int, num_hosts: int) -> SamplePlan:
-        """The contiguous slice of host `host` of `num_hosts`; UserError if the samples do not divide evenly."""
-        if num_hosts < 1 or not 0 <= host < num_hosts or len(self) % num_hosts:
-            raise UserError(
-                f"host {host} of {num_hosts}: {len(self)} samples per step, expected a multiple of the number of hosts"
-            )
-        share = len(self) // num_hosts
-        part = slice(host * share, (host + 1) * share)
-        return SamplePlan(self.record[part], self.group[part], self.sample[part])
-
 
 def plan_samples(records: np.ndarray, group_size: int) -> SamplePlan:
     """Each of `records` [groups] `group_size` times, side by side. A group is keyed by its record: where `records`

@@ -127,6 +127,14 @@ def record_id(image: str, prompt: str) -> str:
     return hashlib.sha256(f"{image}\0{prompt}".encode()).hexdigest()[:16]
 
 
+def fingerprint(records: Iterable[Record]) -> str:
+    """A hash of the records' ids, instructions and order: two sequences that agree in it train the same."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([record.id, record.prompt, record.bucket]).encode())
+    return digest.hexdigest()[:16]
+
+
 def is_held_out(record: Record, fraction: float) -> bool:
     """Whether a record belongs to the held-out part: a hash of its id, so other records do not change the answer."""
     digest = hashlib.sha256(f"held-out\0{record.id}".encode()).digest()

@@ -1,6 +1,6 @@
 """The editor: all that training and inference see of a model. It hides which model it is.
 
-    conditioning = editor.encode(params, images, editor.tokenize(prompts))     # once per distinct record
+    conditioning = editor.encode(params, images, editor.text_inputs(prompts))  # once per distinct record
     v = editor.velocity(params, adapter, x_t, t, conditioning)                 # adapter=None: the reference policy
     images = editor.decode(params, x0, grid)
 
@@ -9,19 +9,21 @@ Parameters are held outside: ``params = {"transformer": ..., "text": ..., "autoe
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from cocoedit_jax.flow.packing import pack, position_ids, unpack
 from cocoedit_jax.flow.schedule import flow_match_sigmas
 from cocoedit_jax.models.autoencoder import Autoencoder
 from cocoedit_jax.models.flux import FluxTransformer
 from cocoedit_jax.models.layers import LORA
-from cocoedit_jax.models.text import TableTextEncoder, WordTokenizer
+from cocoedit_jax.models.text import TextSide
 
 Array = jax.Array
 Params = Any
@@ -66,7 +68,7 @@ class KontextEditor:
     Attributes:
         transformer: the velocity network.
         autoencoder: pixels <-> latents.
-        text_encoder, tokenizer: prompt -> states.
+        text: prompt -> states and pooled vector.
         patch: latent cells per token side (2 for FLUX).
         guidance: embedded guidance scale; ignored by models without guidance embedding.
         schedule: keyword arguments of ``flow_match_sigmas``.
@@ -74,8 +76,7 @@ class KontextEditor:
 
     transformer: FluxTransformer
     autoencoder: Autoencoder
-    text_encoder: TableTextEncoder
-    tokenizer: WordTokenizer
+    text: TextSide
     patch: int = 2
     guidance: float = 2.5
     schedule: tuple[tuple[str, Any], ...] = ()
@@ -95,13 +96,13 @@ class KontextEditor:
         """Sampler sigmas ``[num_steps + 1]``, from 1 to 0, shifted for the number of target tokens."""
         return flow_match_sigmas(num_steps, grid.tokens, **dict(self.schedule))
 
-    def tokenize(self, prompts: list[str]) -> np.ndarray:
-        return self.tokenizer(prompts)
+    def text_inputs(self, prompts: Sequence[str]) -> Any:
+        """What ``encode`` needs of ``prompts``: host arrays that lead with B. Raises ValueError for an unusable one."""
+        return self.text.inputs(prompts)
 
-    def encode(self, params: Params, images: Array, token_ids: Array) -> Conditioning:
-        """Conditioning of ``images`` ``[B, H, W, 3]`` in [0, 1] and ``token_ids`` from ``tokenize``."""
-        encoded: Any = self.text_encoder.apply({"params": params["text"]}, token_ids)
-        text, pooled = encoded
+    def encode(self, params: Params, images: Array, text_inputs: Any) -> Conditioning:
+        """Conditioning of ``images`` ``[B, H, W, 3]`` in [0, 1] and the ``text_inputs`` of their prompts."""
+        text, pooled = self.text.encode(params["text"], text_inputs)
         latents = self.autoencoder.encode(params["autoencoder"], images)
         guidance = jnp.full((images.shape[0],), self.guidance, jnp.float32)
         return Conditioning(source=pack(latents, self.patch), text=text, pooled=pooled, guidance=guidance)
@@ -137,9 +138,8 @@ class KontextEditor:
         """Freshly initialised parameters, with logical axis names boxed into every leaf (``flax.linen.unbox``)."""
         grid = Grid(self.patch, self.patch, self.patch)
         text_key, transformer_key = jax.random.split(key)
-        ids = jnp.zeros((1, self.tokenizer.max_length), jnp.int32)
-        text = self.text_encoder.init(text_key, ids)
-        states, pooled = jax.eval_shape(self.text_encoder.apply, text, ids)
+        text = self.text.init(text_key)
+        states, pooled = jax.eval_shape(self.text.encode, nn.unbox(text), self.text.example())
         token = jnp.zeros((1, 1, self.token_channels))
         transformer = self.transformer.init(
             transformer_key,
@@ -151,4 +151,4 @@ class KontextEditor:
             self._ids(grid, states.shape[1]),
             1,
         )
-        return {"transformer": transformer["params"], "text": text["params"], "autoencoder": {}}
+        return {"transformer": transformer["params"], "text": text, "autoencoder": {}}

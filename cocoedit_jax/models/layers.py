@@ -69,9 +69,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param(
-            "scale", partitioned(nn.initializers.ones, (None,)), (x.shape[-1],), self.dtype
-        )
+        weight = self.param("scale", partitioned(nn.initializers.ones, (None,)), (x.shape[-1],), self.dtype)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return (x32 * weight.astype(jnp.float32)).astype(x.dtype)

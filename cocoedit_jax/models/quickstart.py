@@ -17,7 +17,7 @@ from cocoedit_jax.models import weights
 from cocoedit_jax.models.autoencoder import IdentityAutoencoder
 from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
-from cocoedit_jax.models.text import TableTextEncoder, WordTokenizer
+from cocoedit_jax.models.text import TableTextEncoder, WordTable, WordTokenizer
 
 CLASS_NAME = "CoCoEditQuickstartEditor"
 _PARTS = ("transformer", "text")
@@ -52,10 +52,12 @@ def build_editor(config: QuickstartConfig, *, remat: str = "none", attention_bac
     return KontextEditor(
         transformer=FluxTransformer(shape, remat=remat, attention_backend=attention_backend),
         autoencoder=IdentityAutoencoder(),
-        text_encoder=TableTextEncoder(
-            tokenizer.num_ids, config.max_words, shape.joint_attention_dim, shape.pooled_projection_dim
+        text=WordTable(
+            tokenizer,
+            TableTextEncoder(
+                tokenizer.num_ids, config.max_words, shape.joint_attention_dim, shape.pooled_projection_dim
+            ),
         ),
-        tokenizer=tokenizer,
         patch=config.patch,
     )
 

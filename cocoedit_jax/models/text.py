@@ -1,11 +1,14 @@
-"""A text side small enough to train on a laptop: an embedding table over words.
+"""The text side of an editor: what training and inference need of text encoders, and the quickstart's small one.
 
-It fills the place of CLIP and T5 in the quickstart. Each token embedding sums a table of the word, a table of the word
-before it (which binds "blue" to "circle" without a recurrent encoder) and a table of its position.
+The quickstart's is an embedding table over words in the place of CLIP and T5. Each token embedding sums a table of the
+word, a table of the word before it (which binds "blue" to "circle" without a recurrent encoder) and a table of its
+position.
 """
 
 import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,29 @@ from flax import linen as nn
 from cocoedit_jax.models.layers import partitioned
 
 Array = jax.Array
+
+
+class TextSide(Protocol):
+    """Instructions -> states ``[B, S, D]`` and pooled vector ``[B, P]``, in a host part and a jitted one."""
+
+    def inputs(self, prompts: Sequence[str]) -> Any:
+        """A tree of host arrays that lead with B. Raises ValueError for an instruction that cannot be used."""
+        ...
+
+    def fault(self, prompt: str) -> str | None:
+        """Why an instruction cannot be used, or None if it can."""
+        ...
+
+    def encode(self, params: Any, inputs: Any) -> tuple[Array, Array]: ...
+
+    def init(self, key: Array) -> Any:
+        """Fresh parameters, boxed with logical axis names; ``{}`` if there are none."""
+        ...
+
+    def example(self) -> Any:
+        """``inputs`` of one instruction, as arrays or ShapeDtypeStructs."""
+        ...
+
 
 PAD, UNKNOWN = 0, 1
 _WORD = re.compile(r"[a-z0-9]+")
@@ -35,14 +61,21 @@ class WordTokenizer:
     def num_ids(self) -> int:
         return len(self.vocabulary) + 2
 
-    def __call__(self, prompts: list[str]) -> np.ndarray:
+    def fault(self, prompt: str) -> str | None:
+        """Why ``prompt`` cannot be used, or None if it can."""
+        count = len(_WORD.findall(prompt.lower()))
+        if 0 < count <= self.max_length:
+            return None
+        return f"prompt {prompt!r} has {count} words; expected 1 to {self.max_length}"
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Ids ``[B, max_length]``, int32."""
         index = {word: i + 2 for i, word in enumerate(self.vocabulary)}
         out = np.full((len(prompts), self.max_length), PAD, np.int32)
         for row, prompt in enumerate(prompts):
             words = _WORD.findall(prompt.lower())
-            if not 0 < len(words) <= self.max_length:
-                raise ValueError(f"prompt {prompt!r} has {len(words)} words; expected 1 to {self.max_length}")
+            if fault := self.fault(prompt):
+                raise ValueError(fault)
             out[row, : len(words)] = [index.get(word, UNKNOWN) for word in words]
         return out
 
@@ -71,3 +104,27 @@ class TableTextEncoder(nn.Module):
         valid = (ids != PAD).astype(jnp.float32)[..., None]
         pooled = jnp.sum(table("pooled", self.num_ids, self.pooled_features)[ids] * valid, axis=1)
         return states, pooled / jnp.sqrt(jnp.maximum(jnp.sum(valid, axis=1), 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class WordTable:
+    """The quickstart's text side."""
+
+    tokenizer: WordTokenizer
+    encoder: TableTextEncoder
+
+    def inputs(self, prompts: Sequence[str]) -> np.ndarray:
+        return self.tokenizer(prompts)
+
+    def fault(self, prompt: str) -> str | None:
+        return self.tokenizer.fault(prompt)
+
+    def encode(self, params: Any, inputs: Array) -> tuple[Array, Array]:
+        out: Any = self.encoder.apply({"params": params}, inputs)
+        return out
+
+    def init(self, key: Array) -> Any:
+        return self.encoder.init(key, self.example())["params"]
+
+    def example(self) -> Array:
+        return jnp.zeros((1, self.tokenizer.max_length), jnp.int32)

@@ -16,6 +16,7 @@ from cocoedit_jax.reporting.measures import (
     MEASURES,
     Measure,
     difference_cell,
+    judged,
     number,
     value_of,
     with_error,
@@ -61,7 +62,8 @@ def comparison_report(result: Mapping[str, Any], path: str | Path) -> Path:
     presets = {name: seeds for name, seeds in presets.items() if seeds}
     missing = sorted(set(result["presets"]) - set(presets))
     values, differences, caption = _rows(result, presets)
-    (path.parent / "table.md").write_text(_markdown(values, differences, caption), encoding="utf-8")
+    worse = shortcomings(differences)
+    (path.parent / "table.md").write_text(_markdown(values, differences, caption, worse), encoding="utf-8")
     light = tradeoff(result, presets)
     (path.parent / "tradeoff.png").write_bytes(light)
 
@@ -73,6 +75,7 @@ def comparison_report(result: Mapping[str, Any], path: str | Path) -> Path:
         html.table(["", *(measure.title for measure in MEASURES)], values, caption[0] + " " + EXPLANATION),
         html.heading("Difference to the base, paired"),
         html.table(["", *(measure.title for measure in MEASURES)], plain, caption[1]),
+        html.paragraph(worse),
         html.heading("Trade-off"),
         html.figure(
             light,
@@ -90,6 +93,18 @@ def comparison_report(result: Mapping[str, Any], path: str | Path) -> Path:
 
 
 Cell = tuple[float, float, Measure]
+
+
+def shortcomings(differences: list[tuple[str, list[Cell]]]) -> str:
+    """In words, where a row is worse than the base by more than two standard errors."""
+    said = []
+    for name, cells in differences:
+        worse = [cell for cell in cells if judged(*cell) == "bad"]
+        if worse:
+            said.append(
+                f"{name} in " + ", ".join(f"{m.title} ({with_error(d, e, m, signed=True)})" for d, e, m in worse)
+            )
+    return f"Worse than the base: {'; '.join(said)}." if said else "No row is worse than the base in any measure."
 
 
 def _cell(cell: Cell) -> str:
@@ -120,7 +135,9 @@ def _rows(
     )  # fmt: skip
 
 
-def _markdown(values: list[list[str]], differences: list[tuple[str, list[Cell]]], caption: tuple[str, str]) -> str:
+def _markdown(
+    values: list[list[str]], differences: list[tuple[str, list[Cell]]], caption: tuple[str, str], worse: str
+) -> str:
     header = ["", *(measure.title for measure in MEASURES)]
 
     def lines(rows: list[list[str]]) -> list[str]:
@@ -130,7 +147,7 @@ def _markdown(values: list[list[str]], differences: list[tuple[str, list[Cell]]]
     changes = [[name, *(with_error(*cell, signed=True) for cell in cells)] for name, cells in differences]
     below = caption[1].split(" Colour")[0]
     between = ["", caption[0], "", "Paired difference to the base:", ""]
-    return "\n".join([*lines(values), *between, *lines(changes), "", below, ""])
+    return "\n".join([*lines(values), *between, *lines(changes), "", below, "", worse, ""])
 
 
 def tradeoff(result: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]], theme: str = "light") -> bytes:

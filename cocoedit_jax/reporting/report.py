@@ -12,7 +12,7 @@ from cocoedit_jax.reporting import html
 from cocoedit_jax.reporting.comparison import comparison_report
 from cocoedit_jax.reporting.measures import EXPLANATION, MEASURES, difference_cell, number, value_of
 from cocoedit_jax.reporting.pictures import curves, series
-from cocoedit_jax.reporting.telemetry import read_metrics
+from cocoedit_jax.reporting.telemetry import dotted, read_metrics
 
 __all__ = ["comparison_report", "write_report"]
 
@@ -183,13 +183,5 @@ def _configuration(config: Mapping[str, Any] | None) -> list[str]:
     parts = [html.heading("Configuration")]
     if config is None:
         return [*parts, _missing("config.json.")]
-    rows = [[key, json.dumps(value, ensure_ascii=False)] for key, value in _flat(config)]
+    rows = [[key, json.dumps(value, ensure_ascii=False)] for key, value in dotted(config).items()]
     return [*parts, html.folded(f"{len(rows)} settings", html.table(["Setting", "Value"], rows))]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        pairs += _flat(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
-    return pairs

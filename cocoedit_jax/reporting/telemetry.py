@@ -49,6 +49,15 @@ def write_json(path: Path, value: Any) -> None:
     draft.replace(path)
 
 
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{dotted key: value}``."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping) and value
+        out |= dotted(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return out
+
+
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     """The lines of RUN/metrics.jsonl in order, lines of one step merged; empty when there is no file.
 
@@ -82,11 +91,10 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Telemetry:
-    """Writes a run's metrics and pictures; a context manager. Only process 0 writes, the others do nothing."""
+    """Writes a run's metrics and pictures; a context manager."""
 
-    def __init__(self, run_dir: str | Path, process_index: int = 0):
+    def __init__(self, run_dir: str | Path):
         self._run = Path(run_dir)
-        self._active = process_index == 0
         self._file: IO[str] | None = None
         self._board: SummaryWriter | None = None
         self._purge: int | None = None
@@ -103,8 +111,6 @@ class Telemetry:
         Raises:
             UserError: for a value that is no number.
         """
-        if not self._active:
-            return
         row: dict[str, Any] = {"step": int(step)}
         for name, value in scalars.items():
             try:
@@ -122,8 +128,6 @@ class Telemetry:
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
         """Writes ``image`` ``[H, W, 3]`` (float in [0, 1], or uint8) to RUN/samples/TAG_STEP.png and TensorBoard."""
-        if not self._active:
-            return
         pixels = np.asarray(image)
         if pixels.ndim != 3 or pixels.shape[2] != 3:
             raise UserError(f"image {tag!r} has shape {pixels.shape}; expected [height, width, 3]")
@@ -136,8 +140,6 @@ class Telemetry:
 
     def truncate(self, step: int) -> None:
         """Forgets what lies after ``step``: a resumed run writes it again. Call it before anything is logged."""
-        if not self._active:
-            return
         if self._file is not None or self._board is not None:
             raise UserError("telemetry: truncate was called after log or image; expected before")
         path = self._run / METRICS_FILE
@@ -237,11 +239,10 @@ def progress(
     unit: str = "it",
     initial: int = 0,
     *,
-    process_index: int = 0,
     file: Any = None,
     every: float = 30.0,
 ) -> tqdm:
-    """A tqdm bar over an iterable, or over a total to be advanced with ``.update(n)``; silent except on process 0.
+    """A tqdm bar over an iterable, or over a total to be advanced with ``.update(n)``.
 
     Args:
         initial: units done before this run; they count in the bar and not in the rate.
@@ -251,7 +252,6 @@ def progress(
     file = sys.stderr if file is None else file
     terminal = hasattr(file, "isatty") and file.isatty()
     options: dict[str, Any] = {"desc": desc, "unit": unit, "initial": initial, "file": file, "dynamic_ncols": terminal}
-    options["disable"] = process_index != 0
     if isinstance(work, int):
         options["total"] = work
     else:

@@ -11,6 +11,7 @@ import numpy as np
 from cocoedit_jax.data.scene_judge import judge_batch
 from cocoedit_jax.data.scene_spec import SceneSpec
 from cocoedit_jax.data.source import load_batch
+from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.rewards.judge import Judge, JudgeRequest, judge_scores
 from cocoedit_jax.rewards.pixel import masked_psnr, masked_ssim
 from cocoedit_jax.train.rollout import make_sampler, sample_keys
@@ -91,8 +92,8 @@ class Evaluator:
     def _batch(self, adapter: Any, bucket: int, indices: Sequence[int]) -> list[tuple]:
         setup = self._setup
         batch = load_batch(setup.held_out, indices)
-        tokens = setup.editor.tokenize(batch["prompt"])
-        conditioning = self._encode(setup.params, batch["image"], tokens)
+        text = setup.editor.text_inputs(batch["prompt"])
+        conditioning = self._encode(setup.params, batch["image"], text)
         keys = sample_keys(jax.random.key(_NOISE_SEED), np.asarray(indices))
         _, images = self._sampler(bucket)(setup.params, adapter, conditioning, keys)
         edited = np.asarray(images)
@@ -142,3 +143,19 @@ def _no_edit(extra: list[dict[str, Any]], edited: np.ndarray, change: np.ndarray
     if all("scene" in fields for fields in extra):
         return judge_batch([SceneSpec.from_json(fields["scene"]) for fields in extra], edited).no_edit.astype(float)
     return (change < NO_EDIT_CHANGE).astype(float)
+
+
+def before_after(base: Evaluation, trained: Evaluation, rows: int = 8) -> np.ndarray:
+    """Source, base and trained edits of the first held-out records, with judge score and PSNR under each."""
+    count = min(rows, len(base.records))
+    shape = base.images[0].shape
+    chosen = [i for i in range(len(base.records)) if base.images[i].shape == shape][:count]
+    columns = [
+        ("source", np.stack([base.records[i]["image"] for i in chosen])),
+        ("base", np.stack([base.images[i] for i in chosen])),
+        ("trained", np.stack([trained.images[i] for i in chosen])),
+    ]
+    note = lambda e, i: f"judge {e.metrics['judge'][i]:.2f}, {e.metrics['psnr_outside'][i]:.1f} dB"  # noqa: E731
+    notes = [None, [note(base, i) for i in chosen], [note(trained, i) for i in chosen]]
+    masks = np.stack([base.records[i]["edit_mask"] for i in chosen])
+    return sample_grid(columns, masks=masks, instructions=[base.records[i]["prompt"] for i in chosen], notes=notes)

@@ -1,7 +1,6 @@
 """The training loop: rollout -> rewards -> advantage -> one optimizer step -> old policy (arXiv 2602.14068)."""
 
 import dataclasses
-import json
 import signal
 import threading
 from dataclasses import dataclass
@@ -12,28 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
-from cocoedit_jax.data.groups import groups_for_step, plan_samples
+from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples
+from cocoedit_jax.data.records import fingerprint
 from cocoedit_jax.data.source import load_batch
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.editor import Grid
+from cocoedit_jax.models.editor import Conditioning, Grid
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.report import write_report
 from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, write_json
-from cocoedit_jax.sharding.flops import flux_forward_flops, lora_gradient_flops, peak_flops
 from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.train.checkpoint import Checkpoints
-from cocoedit_jax.train.evaluate import Evaluation, Evaluator
-from cocoedit_jax.train.optimality import judge_rollout, pack_step
+from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after
+from cocoedit_jax.train.optimality import Judged, judge_rollout, pack_step
+from cocoedit_jax.train.performance import Performance
 from cocoedit_jax.train.rollout import RewardQueue, Rollout, collect, make_sampler
+from cocoedit_jax.train.run_folder import EVALUATION, claim
 from cocoedit_jax.train.setup import Setup
 from cocoedit_jax.train.step import StepScalars, TrainState, make_optimizer, make_train_step
-
-GRID_ROWS = 8  # edits in a sample picture
 
 
 class NonFiniteError(FloatingPointError):
@@ -47,6 +44,18 @@ class Programs:
     grid: Grid
     sampler: Any
     train_step: Any
+
+
+@dataclass
+class Drawn:
+    """The samples of one step and what is known of them."""
+
+    grid: Grid
+    plan: SamplePlan
+    batch: dict[str, Any]  # the step's distinct records, as loaded
+    conditioning: Conditioning  # of those records
+    rollout: Rollout
+    judged: Judged
 
 
 class Stop:
@@ -86,8 +95,9 @@ class Trainer:
         self.encode = jax.jit(setup.editor.encode)
         self.state = self._initial_state()
         self.banned: set[str] = set()
+        self.data = fingerprint(setup.train_records)
         self._programs: dict[int, Programs] = {}
-        self.peak = peak_flops()
+        self.performance = Performance(setup)
 
     def _initial_state(self) -> TrainState:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
@@ -115,62 +125,72 @@ class Trainer:
             )
         return self._programs[bucket]
 
-    def train_step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], np.ndarray]:
-        """Optimizer step ``step`` (from 1): metrics and a picture of some of its samples."""
-        setup, cfg, config = self.setup, self.cfg, self.config
-        step_key = jax.random.fold_in(jax.random.key(config.seed), step)
+    def train_step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], Drawn]:
+        """Optimizer step ``step`` (from 1): its metrics and the samples it learned from."""
+        step_key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         rollout_key, train_key = jax.random.split(step_key)
-
         with timer("data"):
-            banned = [i for i, r in enumerate(setup.train_records) if self._ban_key(r.id, r.prompt) in self.banned]
-            buckets = [r.bucket for r in setup.train_records] if setup.framing.crop == "buckets" else None
-            records = groups_for_step(
-                config.seed, step - 1, config.rollout.groups, len(setup.train_records), banned, buckets
-            )
-            plan = plan_samples(records, config.rollout.group_size)
-            batch = load_batch(setup.train, records)
-            programs = self.programs(setup.train_records[int(records[0])].bucket)
+            records = self._records(step)
+            plan = plan_samples(records, self.config.rollout.group_size)
+            batch = load_batch(self.setup.train, records)
+            programs = self.programs(self.setup.train_records[int(records[0])].bucket)
         with timer("encode"):
-            tokens = setup.editor.tokenize(batch["prompt"])
-            conditioning = self.encode(setup.params, batch["image"], tokens)
+            text = self.setup.editor.text_inputs(batch["prompt"])
+            conditioning = self.encode(self.setup.params, batch["image"], text)
         with timer("rollout"):
-            old = lora.fold_scale(self.state.old, setup.lora)
+            old = lora.fold_scale(self.state.old, self.setup.lora)
             rollout = collect(
-                programs.sampler, setup.params, old, conditioning, plan, batch, rollout_key, self.queue,
-                config.rollout.batch_size,
+                programs.sampler, self.setup.params, old, conditioning, plan, batch, rollout_key, self.queue,
+                self.config.rollout.batch_size,
             )  # fmt: skip
         self._check_rollout(step, rollout)
         with timer("advantage"):
-            source = np.asarray(conditioning.source)
-            factor = setup.editor.autoencoder.factor
-            judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, cfg)
-            self._check_rewards(step, judged.metrics)
-            rng = np.random.default_rng((config.seed, step))
-            host, num_micro, count = pack_step(
-                setup.editor, rollout, judged, plan, batch, conditioning, cfg, config.train.micro_batch, rng
-            )
+            source, factor = np.asarray(conditioning.source), self.setup.editor.autoencoder.factor
+            judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, self.cfg)
+        self._check_rewards(step, judged.metrics)
+        drawn = Drawn(programs.grid, plan, batch, conditioning, rollout, judged)
         metrics = judged.metrics | {"seconds/waiting_for_rewards": rollout.seconds_waiting}
-        if count:
-            with timer("train"):
-                step_batch = jax.device_put(host, batch_sharding(setup.mesh, axis=1))
-                scalars = StepScalars(
-                    num_micro=jnp.asarray(num_micro, jnp.int32),
-                    count=jnp.asarray(count, jnp.float32),
-                    old_decay=jnp.asarray(old_policy_decay(step, cfg.old_decay_type), jnp.float32),
-                    ema_decay=jnp.asarray(ema_decay(step, cfg.ema_decay), jnp.float32),
-                    key=train_key,
-                )
-                scalars = jax.device_put(scalars, NamedSharding(setup.mesh, PartitionSpec()))
-                self.state, device_metrics, finite = programs.train_step(
-                    self.state, setup.params, step_batch, scalars
-                )
-                metrics |= {f"train/{k}": float(v) for k, v in device_metrics.items()}
-            self._check_finite(step, metrics, finite)
-        else:  # nothing to learn from; the step still counts, so that the data position moves on
-            self.state = dataclasses.replace(self.state, step=self.state.step + 1)
+        metrics |= self._update(step, drawn, programs, train_key, timer)
         self.banned |= set(judged.banned)
         metrics["groups/banned"] = float(len(self.banned))
-        return metrics, self._picture(rollout, judged, plan, batch)
+        return metrics, drawn
+
+    def _records(self, step: int) -> np.ndarray:
+        """Indices of the training records of ``step``, one per group; all of one image size."""
+        records = self.setup.train_records
+        banned = [i for i, r in enumerate(records) if self._ban_key(r.id, r.prompt) in self.banned]
+        buckets = [r.bucket for r in records] if self.setup.framing.crop == "buckets" else None
+        return groups_for_step(
+            self.config.seed, step - 1, self.config.rollout.groups, len(records), banned, buckets
+        )  # fmt: skip
+
+    def _update(
+        self, step: int, drawn: Drawn, programs: Programs, key: jax.Array, timer: PhaseTimer
+    ) -> dict[str, float]:
+        """The optimizer step and the old policy's: from optimality to new adapters."""
+        with timer("advantage"):
+            rng = np.random.default_rng((self.config.seed, step))
+            host, num_micro, count = pack_step(
+                self.setup.editor, drawn.rollout, drawn.judged, drawn.plan, drawn.batch, drawn.conditioning, self.cfg,
+                self.config.train.micro_batch, rng,
+            )  # fmt: skip
+        if not count:  # nothing to learn from; the step still counts, so that the data position moves on
+            self.state = dataclasses.replace(self.state, step=self.state.step + 1)
+            return {}
+        with timer("train"):
+            batch = jax.device_put(host, batch_sharding(self.setup.mesh, axis=1))
+            scalars = StepScalars(
+                num_micro=jnp.asarray(num_micro, jnp.int32),
+                count=jnp.asarray(count, jnp.float32),
+                old_decay=jnp.asarray(old_policy_decay(step, self.cfg.old_decay_type), jnp.float32),
+                ema_decay=jnp.asarray(ema_decay(step, self.cfg.ema_decay), jnp.float32),
+                key=key,
+            )
+            scalars = jax.device_put(scalars, replicated(self.setup.mesh))
+            self.state, device_metrics, finite = programs.train_step(self.state, self.setup.params, batch, scalars)
+            metrics = {f"train/{k}": float(v) for k, v in device_metrics.items()}
+        self._check_finite(step, metrics, finite)
+        return metrics
 
     def _ban_key(self, record_id: str, prompt: str) -> str:
         return record_id if self.cfg.group_key == "record" else prompt
@@ -195,39 +215,16 @@ class Trainer:
         if bad:
             raise NonFiniteError(f"step {step}: not finite: {', '.join(bad)}; the weights are those of step {step - 1}")
 
-    def _picture(self, rollout: Any, judged: Any, plan: Any, batch: dict[str, Any]) -> np.ndarray:
-        """Source, then the first group's edits side by side, for the first groups of the step."""
-        size = self.config.rollout.group_size
-        groups = range(min(4, len(plan) // size))
-        source = batch["image"][plan.group[[g * size for g in groups]]]
-        mask = batch["edit_mask"][plan.group[[g * size for g in groups]]]
-        columns = [("source", source)]
-        for k in range(min(6, size)):
-            columns.append((f"edit {k + 1}", rollout.images[[g * size + k for g in groups]]))
-        notes = [None, *([f"reward {judged.reward[g * size + k]:.2f}" for g in groups] for k in range(min(6, size)))]
-        prompts = [batch["prompt"][plan.group[g * size]] for g in groups]
-        return sample_grid(columns, masks=mask, instructions=prompts, notes=notes)
-
-    def performance(self, seconds: dict[str, float], metrics: dict[str, float], bucket: int = 0) -> dict[str, float]:
-        """Samples per second and MFU of the step just taken, by formula."""
-        shape, grid = self.setup.editor.transformer.config, self.programs(bucket).grid
-        tokens = 2 * grid.tokens + self.setup.editor.tokenizer.max_length
-        drawn, used = int(metrics["samples/drawn"]), int(metrics["samples/used"])
-        if self.cfg.invalid == "zero_weight":
-            used = drawn
-        timesteps = max(1, int(self.config.rollout.steps * self.cfg.timestep_fraction))
-        rollout = self.config.rollout.steps * flux_forward_flops(shape, tokens, drawn)
-        forwards = (self.cfg.old_decay_type != 0) + (self.cfg.kl_weight > 0)
-        train = timesteps * (
-            lora_gradient_flops(shape, tokens, used) + forwards * flux_forward_flops(shape, tokens, used)
-        )
-        peak = self.peak[0] * len(self.setup.mesh.devices.flat)
-        out = {"samples_per_second": drawn / sum(seconds.values())}
-        for name, work in (("rollout", rollout), ("train", train)):
-            taken = seconds.get(f"seconds/{name}", 0.0)
-            if taken:
-                out[f"mfu/{name}"] = work / taken / peak
-        return out
+    def picture(self, drawn: Drawn) -> np.ndarray:
+        """Source, then the first edits of a group side by side, for the first groups of the step."""
+        size, batch = self.config.rollout.group_size, drawn.batch
+        first = [g * size for g in range(min(4, len(drawn.plan) // size))]
+        group, shown = drawn.plan.group[first], range(min(6, size))
+        columns = [("source", batch["image"][group])]
+        columns += [(f"edit {k + 1}", drawn.rollout.images[[i + k for i in first]]) for k in shown]
+        notes = [None, *([f"reward {drawn.judged.reward[i + k]:.2f}" for i in first] for k in shown)]
+        prompts = [batch["prompt"][g] for g in group]
+        return sample_grid(columns, masks=batch["edit_mask"][group], instructions=prompts, notes=notes)
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -244,11 +241,17 @@ class Trainer:
         info |= {k: f"{v:.4f}" for k, v in metrics.items() if k.startswith("reward/")}
         lora.save_lora(self.run_dir / "lora" / f"step_{step:06d}", self.trained_adapter(), self.setup.lora, info)
         # The checkpoint comes last: whatever is killed before it is on disk is done again.
-        self.checkpoints.save(self.state, {"banned": sorted(self.banned), "step": step, "seed": self.config.seed})
+        progress = {"banned": sorted(self.banned), "step": step, "seed": self.config.seed, "data": self.data}
+        self.checkpoints.save(self.state, progress)
 
     def resume(self) -> int:
-        """Loads the newest checkpoint; returns its step."""
+        """Loads the newest checkpoint; returns its step. Raises UserError if it was trained on other records."""
         self.state, saved = self.checkpoints.restore(self.state)
+        if saved["data"] != self.data:
+            raise UserError(
+                f"--resume: the records of {self.config.data.path} are not those that {self.run_dir} was trained on "
+                f"(fingerprint {self.data}, {saved['data']} then); point config.data.path at the same data"
+            )
         self.state = jax.device_put(self.state, replicated(self.setup.mesh))
         self.banned = set(saved["banned"])
         return int(self.state.step)
@@ -277,7 +280,7 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
     """
     config = setup.config
     run_dir.mkdir(parents=True, exist_ok=True)
-    _claim(run_dir, config, resume)
+    claim(run_dir, config, resume)
     trainer = Trainer(setup, run_dir)
     timer = PhaseTimer()
     try:
@@ -286,21 +289,23 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
             telemetry.truncate(start)
             if start == 0:
                 trainer.save({})
-            print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {trainer.peak[1]}")
+            peak = trainer.performance.peak_source
+            print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {peak}")
             base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base")
             if stop.requested:
                 print(f"stopped before the first step; continue with --resume --run={run_dir}")
                 return {}
             bar = progress(config.train.steps, "train", "step", start)
             for step in range(start + 1, config.train.steps + 1):
-                metrics, picture = trainer.train_step(step, timer)
-                seconds = timer.pop()
-                metrics |= seconds | trainer.performance(seconds, metrics)
+                metrics, drawn = trainer.train_step(step, timer)
                 last = step == config.train.steps
                 if step % config.evaluation.every == 0 or last or step == 1:
-                    telemetry.image(step, "rollout", picture)
+                    telemetry.image(step, "rollout", trainer.picture(drawn))
                 if step % config.evaluation.every == 0 and not last:
-                    metrics |= _small_evaluation(trainer, base)
+                    with timer("evaluate"):
+                        metrics |= _small_evaluation(trainer, base)
+                seconds = timer.pop()
+                metrics |= seconds | trainer.performance(seconds, metrics, drawn.grid, drawn.conditioning.text.shape[1])
                 telemetry.log(step, metrics)
                 if step % config.checkpoint.every == 0 or last or stop.requested:
                     with timer("checkpoint"):
@@ -324,7 +329,7 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
         "trained": trained.summary(),
         "difference": trained.difference(base),
     }
-    write_json(run_dir / "evaluation.json", result)
+    write_json(run_dir / EVALUATION, result)
     write_report(run_dir)
     return result
 
@@ -333,51 +338,3 @@ def _small_evaluation(trainer: Trainer, base: Evaluation) -> dict[str, float]:
     count = min(trainer.config.evaluation.every_scenes, len(base.records))
     now = trainer.evaluator(lora.fold_scale(trainer.trained_adapter(), trainer.setup.lora), count)
     return {f"held_out/{name}": value["mean"] for name, value in now.summary().items()}
-
-
-def before_after(base: Evaluation, trained: Evaluation, rows: int = GRID_ROWS) -> np.ndarray:
-    """Source, base and trained edits of the first held-out records, with judge score and PSNR under each."""
-    count = min(rows, len(base.records))
-    shape = base.images[0].shape
-    chosen = [i for i in range(len(base.records)) if base.images[i].shape == shape][:count]
-    columns = [
-        ("source", np.stack([base.records[i]["image"] for i in chosen])),
-        ("base", np.stack([base.images[i] for i in chosen])),
-        ("trained", np.stack([trained.images[i] for i in chosen])),
-    ]
-    note = lambda e, i: f"judge {e.metrics['judge'][i]:.2f}, {e.metrics['psnr_outside'][i]:.1f} dB"  # noqa: E731
-    notes = [None, [note(base, i) for i in chosen], [note(trained, i) for i in chosen]]
-    masks = np.stack([base.records[i]["edit_mask"] for i in chosen])
-    return sample_grid(columns, masks=masks, instructions=[base.records[i]["prompt"] for i in chosen], notes=notes)
-
-
-# Settings that may differ between a run and its continuation: they change how long it runs and what is shown.
-_MAY_CHANGE = ("train.steps", "checkpoint.", "evaluation.", "mesh.", "data.path", "model.remat", "model.attention")
-
-
-def _claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
-    """Writes config.json into a new run folder, or checks that a resumed run has the same configuration."""
-    path = run_dir / "config.json"
-    now = json.loads(config.to_json())
-    if not resume:
-        if path.exists():
-            raise UserError(f"--run={run_dir}: holds a run already; add --resume, or name another folder")
-        write_json(path, now)
-        return
-    if not path.exists():
-        raise UserError(f"--run={run_dir}: no config.json, so nothing to resume; start without --resume")
-    before, after = _flat(json.loads(path.read_text())), _flat(now)
-    changed = [
-        f"{key}: {before.get(key)!r} then, {after.get(key)!r} now"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
-        raise UserError(f"--resume: {path} differs from this configuration:\n  " + "\n  ".join(changed))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out

@@ -57,7 +57,7 @@ def spoil(rng: np.random.Generator, batch: SceneBatch, drift: ConfigDict) -> np.
     return np.clip(out + background * shift, 0, 1).astype(np.float32)
 
 
-def _batches(config: ConfigDict, tokenizer: Any, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
+def _batches(config: ConfigDict, editor: KontextEditor, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
     """Training batches of steps ``first`` to ``last``, each from its own random stream, drawn one step ahead."""
 
     def draw(step: int) -> dict[str, np.ndarray]:
@@ -68,7 +68,7 @@ def _batches(config: ConfigDict, tokenizer: Any, first: int, last: int) -> Itera
             "source": batch.source.astype(np.float32),
             "target": target.astype(np.float32),
             "mask": batch.edit_mask.astype(np.float32),
-            "tokens": tokenizer(list(batch.instructions)),
+            "text": editor.text_inputs(batch.instructions),
         }
 
     with ThreadPoolExecutor(1) as pool:
@@ -113,7 +113,7 @@ def flow_matching_loss(editor: KontextEditor, params: Params, batch: dict, key: 
     """
     grid = editor.grid(*batch["source"].shape[1:3])
     noise_key, time_key = jax.random.split(key)
-    conditioning = editor.encode(params, batch["source"], batch["tokens"])
+    conditioning = editor.encode(params, batch["source"], batch["text"])
     x0 = pack(editor.autoencoder.encode(params["autoencoder"], batch["target"]), editor.patch)
     noise = jax.random.normal(noise_key, x0.shape)
     t = jax.nn.sigmoid(jax.random.normal(time_key, (x0.shape[0],)) + 0.4)
@@ -130,14 +130,14 @@ def evaluate(editor: KontextEditor, params: Params, size: int) -> tuple[dict[str
     grid = editor.grid(size, size)
 
     @jax.jit
-    def edit(params: Params, source: jax.Array, tokens: jax.Array, key: jax.Array) -> jax.Array:
-        conditioning = editor.encode(params, source, tokens)
+    def edit(params: Params, source: jax.Array, text: Any, key: jax.Array) -> jax.Array:
+        conditioning = editor.encode(params, source, text)
         z = jax.random.normal(key, (source.shape[0], grid.tokens, editor.token_channels))
         velocity = lambda z, t: editor.velocity(params, None, z, jnp.full((z.shape[0],), t), conditioning, grid)  # noqa: E731
         return editor.decode(params, sample(velocity, z, editor.sigmas(_EVAL_STEPS, grid), "euler"), grid)
 
-    tokens = editor.tokenize(list(batch.instructions))
-    edited = np.asarray(edit(params, batch.source.astype(np.float32), tokens, jax.random.key(0)))
+    text = editor.text_inputs(batch.instructions)
+    edited = np.asarray(edit(params, batch.source.astype(np.float32), text, jax.random.key(0)))
     score = judge_batch(batch.specs, edited)
     keep = (1 - batch.edit_mask)[..., None]
     mse = (np.square(edited - batch.source) * keep).sum((1, 2, 3)) / (3 * keep.sum((1, 2, 3)))
@@ -201,14 +201,16 @@ def _train_phase(
         key = jax.random.fold_in(jax.random.key(config.seed), step + first)
         objective = lambda p: flow_matching_loss(editor, p, batch, key, config.mask_weight)  # noqa: E731
         loss, grads = jax.value_and_grad(objective)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
+            updates, opt_state = optimizer.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
-        decay = jnp.minimum(config.ema_decay, (1.0 + step) / (10.0 + step))
+        count = step.astype(jnp.float32)
+        decay = jnp.minimum(config.ema_decay, (1.0 + count) / (10.0 + count))
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
         return (params, ema, opt_state), loss
 
     losses: list[float] = []
-    batches = _batches(config, editor.tokenizer, first, first + phase.steps)
+    batches = _batches(config, editor, first, first + phase.steps)
     bar = progress(phase.steps, "pretrain", "step")
     for step, batch in enumerate(batches, start=1):
         state, loss = train_step(state, batch, jnp.asarray(step))

@@ -27,6 +27,7 @@ from cocoedit_jax.rewards.registry import weighted_rewards
 from cocoedit_jax.sharding.mesh import DATA, make_mesh
 from cocoedit_jax.sharding.rules import parameter_shardings
 
+_MOST_FAULTS = 20  # listed in one message
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
 
@@ -123,11 +124,11 @@ def _check_conditioning(editor: KontextEditor, framing: Framing, records: tuple[
             editor.grid(*size)
     except ValueError as error:
         raise UserError(f"config.data.resolution={framing.resolution}: {error}") from error
-    for record in records:
-        try:
-            editor.tokenize([record.prompt])
-        except ValueError as error:
-            raise UserError(f"metadata line {record.line}, record {record.id!r}: {error}") from error
+    faults = [(record, fault) for record in records if (fault := editor.text.fault(record.prompt))]
+    if faults:
+        lines = [f"line {record.line}, record {record.id!r}: {fault}" for record, fault in faults[:_MOST_FAULTS]]
+        more = [f"... and {len(faults) - len(lines)} more"] if len(faults) > len(lines) else []
+        raise UserError(f"{len(faults)} instructions that this model cannot take:\n  " + "\n  ".join(lines + more))
 
 
 def build(config: ConfigDict) -> Setup:

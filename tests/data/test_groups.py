@@ -78,15 +78,11 @@ def test_a_banned_bucket_is_skipped():
         assert (groups_for_step(0, step, 4, 16, range(8), buckets) >= 8).all()
 
 
-def test_plan_and_shards():
+def test_plan():
     plan = plan_samples(np.array([9, 4, 7]), 4)
     assert plan.record.tolist() == [9] * 4 + [4] * 4 + [7] * 4
     assert plan.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    parts = [plan.shard(host, 2) for host in range(2)]
-    assert np.concatenate([part.sample for part in parts]).tolist() == list(range(12))
-    assert parts[1].record.tolist() == [4, 4, 7, 7, 7, 7]
-    with pytest.raises(UserError, match="multiple of the number of hosts"):
-        plan.shard(0, 5)
+    assert plan.sample.tolist() == list(range(12))
     with pytest.raises(UserError, match="group_size: 0"):
         plan_samples(np.array([1]), 0)
 

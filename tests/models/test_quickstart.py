@@ -47,7 +47,7 @@ def test_grid(editor):
 
 
 def test_encode_and_decode(editor, params, images):
-    conditioning = editor.encode(params, images, editor.tokenize(PROMPTS))
+    conditioning = editor.encode(params, images, editor.text_inputs(PROMPTS))
     assert conditioning.source.shape == (2, 6, 48)
     assert conditioning.text.shape == (2, 4, 5) and conditioning.pooled.shape == (2, 4)
     np.testing.assert_array_equal(conditioning.guidance, [2.5, 2.5])
@@ -56,7 +56,7 @@ def test_encode_and_decode(editor, params, images):
 
 
 def test_conditioning_rows(editor, params, images):
-    conditioning = editor.encode(params, images, editor.tokenize(PROMPTS)).take(jnp.asarray([1, 1, 0]))
+    conditioning = editor.encode(params, images, editor.text_inputs(PROMPTS)).take(jnp.asarray([1, 1, 0]))
     assert isinstance(conditioning, Conditioning)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(conditioning)} == {3}
     np.testing.assert_array_equal(conditioning.text[0], conditioning.text[1])
@@ -66,7 +66,7 @@ jitted_velocity = jax.jit(KontextEditor.velocity, static_argnums=(0, 6))
 
 
 def velocity(editor, params, adapter, images, t=0.5, **changes):
-    conditioning = editor.encode(params, images, editor.tokenize(PROMPTS)).replace(**changes)
+    conditioning = editor.encode(params, images, editor.text_inputs(PROMPTS)).replace(**changes)
     x_t = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6, 48)), jnp.float32)
     return jitted_velocity(editor, params, adapter, x_t, jnp.full((2,), t), conditioning, editor.grid(8, 12))
 

@@ -32,14 +32,6 @@ def test_metrics_are_strict_json_and_read_back(tmp_path):
     assert list((tmp_path / "run/tensorboard").glob("events*"))
 
 
-def test_only_process_0_writes(tmp_path):
-    with Telemetry(tmp_path / "run", process_index=1) as telemetry:
-        telemetry.truncate(0)
-        telemetry.log(1, {"loss": 1.0})
-        telemetry.image(1, "samples", np.zeros((4, 4, 3)))
-    assert not (tmp_path / "run").exists()
-
-
 def test_values_that_are_no_numbers_are_named(tmp_path):
     with Telemetry(tmp_path) as telemetry, pytest.raises(UserError, match="metric 'loss' is 'high' at step 3"):
         telemetry.log(3, {"loss": "high"})
@@ -118,10 +110,7 @@ def test_progress_in_a_log_file():
     assert "step" in text.splitlines()[-1]
 
 
-def test_progress_over_an_iterable_and_on_other_processes():
+def test_progress_over_an_iterable():
     out = io.StringIO()
     assert list(progress([1, 2, 3], "loading", initial=2, file=out)) == [1, 2, 3]
     assert "5/5" in out.getvalue()
-    silent = io.StringIO()
-    assert list(progress(range(3), "loading", process_index=1, file=silent)) == [0, 1, 2]
-    assert silent.getvalue() == ""

@@ -136,6 +136,10 @@ def test_another_configuration_cannot_resume(config, tiny_base, tiny_data, tmp_p
         train(build(other), run, resume=True)
     with pytest.raises(UserError, match="nothing to resume"):
         train(build(config), tmp_path / "empty", resume=True)
+    fewer = tiny_config(tiny_base, tiny_data, **{"data.held_out": 0.5, "train.steps": 3})
+    (run / "config.json").write_text(fewer.to_json())  # as if the data had changed under the same settings
+    with pytest.raises(UserError, match="not those that .* was trained on"):
+        train(build(fewer), run, resume=True)
 
 
 @pytest.mark.parametrize(

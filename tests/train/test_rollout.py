@@ -36,7 +36,7 @@ def roll(batch_size: int, devices: int):
         return [JudgeScore(float(r.edited.mean())) for r in requests]
 
     queue = RewardQueue(judge, preset("cocoedit"))
-    conditioning = EDITOR.encode(params, jnp.asarray(batch["image"]), EDITOR.tokenize(batch["prompt"]))
+    conditioning = EDITOR.encode(params, jnp.asarray(batch["image"]), EDITOR.text_inputs(batch["prompt"]))
     plan = plan_samples(np.arange(GROUPS), K)
     out = collect(sampler, params, None, conditioning, plan, batch, jax.random.key(3), queue, batch_size)
     queue.close()

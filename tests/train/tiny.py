@@ -60,4 +60,3 @@ def tiny_config(base: Path, data: Path, preset: str = "cocoedit", **overrides) -
     }
     config.update_from_flattened_dict(small | overrides)
     return config
-

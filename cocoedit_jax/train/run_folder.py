@@ -1,0 +1,58 @@
+"""What a run folder says of its run: one configuration per folder, kept true when the run is continued."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.reporting.telemetry import dotted, write_json
+
+CONFIG, EVALUATION = "config.json", "evaluation.json"
+# Settings that may differ between a run and its continuation: they change how long it runs, where it runs and what is
+# shown. The data may move; that it is the same data is checked by its fingerprint, which the checkpoint holds.
+_MAY_CHANGE = ("train.steps", "checkpoint.", "evaluation.", "mesh.", "data.path", "model.remat", "model.attention")
+
+
+def claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
+    """Writes config.json into a new run folder; of a resumed run, checks that it fits and writes it anew.
+
+    A result of the run as it was before, shorter, is kept under another name.
+
+    Raises:
+        UserError: the folder holds another run, or none to resume.
+    """
+    path, now = run_dir / CONFIG, json.loads(config.to_json())
+    if resume:
+        _check_continues(path, run_dir, now)
+        _keep_earlier_result(run_dir, config.train.steps)
+    elif path.exists():
+        raise UserError(f"--run={run_dir}: holds a run already; add --resume, or name another folder")
+    write_json(path, now)
+
+
+def _check_continues(path: Path, run_dir: Path, now: dict[str, Any]) -> None:
+    if not path.exists():
+        raise UserError(f"--run={run_dir}: no config.json, so nothing to resume; start without --resume")
+    changed = differences(json.loads(path.read_text()), now, except_for=_MAY_CHANGE)
+    if changed:
+        raise UserError(f"--resume: {path} differs from this configuration:\n  " + "\n  ".join(changed))
+
+
+def _keep_earlier_result(run_dir: Path, steps: int) -> None:
+    path = run_dir / EVALUATION
+    if path.is_file():
+        done = json.loads(path.read_text())["step"]
+        if done != steps:
+            path.replace(path.with_stem(f"{path.stem}_{done:06d}"))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], except_for: tuple[str, ...] = ()) -> list[str]:
+    """``key: old then, new now`` for every dotted key that differs, but for those that start as in ``except_for``."""
+    then, now = dotted(before), dotted(after)
+    return [
+        f"{key}: {then.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not key.startswith(except_for)
+    ]

@@ -1,0 +1,42 @@
+"""One configuration per run folder."""
+
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.train.run_folder import claim, differences
+
+
+def config(steps: int = 2, rate: float = 0.1) -> ConfigDict:
+    return ConfigDict({"train": {"steps": steps, "rate": rate}, "tau": {}})
+
+
+def test_a_longer_run_updates_the_configuration_and_keeps_the_earlier_result(tmp_path):
+    claim(tmp_path, config(), resume=False)
+    (tmp_path / "evaluation.json").write_text('{"step": 2}')
+    claim(tmp_path, config(), resume=True)
+    assert (tmp_path / "evaluation.json").exists()
+    claim(tmp_path, config(steps=5), resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 5
+    assert not (tmp_path / "evaluation.json").exists()
+    assert json.loads((tmp_path / "evaluation_000002.json").read_text()) == {"step": 2}
+
+
+def test_another_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        claim(tmp_path, config(), resume=True)
+    claim(tmp_path, config(), resume=False)
+    with pytest.raises(UserError, match="holds a run already"):
+        claim(tmp_path, config(), resume=False)
+    with pytest.raises(UserError, match=r"train.rate: 0.1 then, 0.2 now"):
+        claim(tmp_path, config(rate=0.2), resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["rate"] == 0.1
+
+
+def test_differences():
+    assert differences({"a": {"b": 1}, "c": {}}, {"a": {"b": 2}, "d": 3}) == [
+        "a.b: 1 then, 2 now", "c: {} then, None now", "d: None then, 3 now",
+    ]  # fmt: skip
+    assert differences({"a": {"b": 1}}, {"a": {"b": 2}}, except_for=("a.",)) == []

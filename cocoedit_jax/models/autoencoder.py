@@ -15,6 +15,10 @@ class Autoencoder(Protocol):
     def factor(self) -> int: ...
     @property
     def channels(self) -> int: ...
+    def init(self, key: Array) -> Any:
+        """Fresh parameters, boxed with logical axis names; ``{}`` if there are none."""
+        ...
+
     def encode(self, params: Any, images: Array) -> Array: ...
     def decode(self, params: Any, latents: Array) -> Array: ...
 
@@ -25,6 +29,9 @@ class IdentityAutoencoder:
 
     factor: int = 1
     channels: int = 3
+
+    def init(self, key: Array) -> Any:
+        return {}
 
     def encode(self, params: Any, images: Array) -> Array:
         return images * 2.0 - 1.0

@@ -16,7 +16,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from cocoedit_jax.flow.packing import pack, position_ids, unpack
 from cocoedit_jax.flow.schedule import flow_match_sigmas
@@ -108,17 +107,27 @@ class KontextEditor:
         return Conditioning(source=pack(latents, self.patch), text=text, pooled=pooled, guidance=guidance)
 
     def velocity(
-        self, params: Params, adapter: Any, x_t: Array, t: Array, conditioning: Conditioning, grid: Grid
+        self,
+        params: Params,
+        adapter: Any,
+        x_t: Array,
+        t: Array,
+        conditioning: Conditioning,
+        grid: Grid,
+        source_grid: Grid | None = None,
     ) -> Array:
         """Velocity ``noise - x0`` of packed latents ``x_t`` ``[B, S, C p^2]`` at sigma ``t`` ``[B]``, float32.
 
-        ``adapter`` is a ``lora`` collection with its scale folded in (``lora.fold_scale``), or None for the base model.
+        Args:
+            adapter: a ``lora`` collection with its scale folded in (``lora.fold_scale``), or None for the base model.
+            grid: of the target.
+            source_grid: of the source image, where it has another size (inference); None = ``grid``.
         """
         variables = {"params": params["transformer"]}
         if adapter is not None:
             variables[LORA] = adapter
         # Kontext: the target has index 0, the source image index 1, and both count rows and columns from zero.
-        ids = self._ids(grid, conditioning.text.shape[1])
+        ids = self._ids(grid, source_grid or grid, conditioning.text.shape[1])
         hidden = jnp.concatenate([x_t, conditioning.source.astype(x_t.dtype)], axis=1)
         velocity: Any = self.transformer.apply(
             variables, hidden, conditioning.text, conditioning.pooled, t, conditioning.guidance, ids, grid.tokens
@@ -126,29 +135,35 @@ class KontextEditor:
         return velocity
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - editors live as long as the program
-    def _ids(self, grid: Grid, num_text: int) -> np.ndarray:
-        image_ids = [position_ids(*grid.token_shape, index) for index in (0, 1)]
+    def _ids(self, grid: Grid, source_grid: Grid, num_text: int) -> np.ndarray:
+        image_ids = [position_ids(*g.token_shape, index) for index, g in enumerate((grid, source_grid))]
         return np.concatenate([np.zeros((num_text, 3), np.int32), *image_ids])
 
     def decode(self, params: Params, x0: Array, grid: Grid) -> Array:
         """Images ``[B, H, W, 3]`` in [0, 1] of packed latents ``x0``."""
         return self.autoencoder.decode(params["autoencoder"], unpack(x0, grid.height, grid.width, self.patch))
 
+    def abstract(self) -> Params:
+        """Shapes of ``init``'s result, boxed with logical axis names; nothing is computed."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def init(self, key: Array) -> Params:
         """Freshly initialised parameters, with logical axis names boxed into every leaf (``flax.linen.unbox``)."""
-        grid = Grid(self.patch, self.patch, self.patch)
-        text_key, transformer_key = jax.random.split(key)
-        text = self.text.init(text_key)
-        states, pooled = jax.eval_shape(self.text.encode, nn.unbox(text), self.text.example())
-        token = jnp.zeros((1, 1, self.token_channels))
+        text_key, transformer_key, autoencoder_key = jax.random.split(key, 3)
+        shape, grid = self.transformer.config, Grid(self.patch, self.patch, self.patch)
+        one = jnp.zeros((1,))
         transformer = self.transformer.init(
             transformer_key,
-            jnp.concatenate([token, token], axis=1),
-            jnp.zeros(states.shape, states.dtype),
-            jnp.zeros(pooled.shape, pooled.dtype),
-            jnp.zeros((1,)),
-            jnp.zeros((1,)),
-            self._ids(grid, states.shape[1]),
+            jnp.zeros((1, 2, self.token_channels)),  # a target and a source token
+            jnp.zeros((1, 1, shape.joint_attention_dim)),
+            jnp.zeros((1, shape.pooled_projection_dim)),
+            one,
+            one,
+            self._ids(grid, grid, 1),
             1,
         )
-        return {"transformer": transformer["params"], "text": text, "autoencoder": {}}
+        return {
+            "transformer": transformer["params"],
+            "text": self.text.init(text_key),
+            "autoencoder": self.autoencoder.init(autoencoder_key),
+        }

@@ -86,7 +86,7 @@ def load_base(folder: Path, *, remat: str = "none", attention_backend: str = "au
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a {CLASS_NAME} configuration ({error})") from error
     editor = build_editor(config, remat=remat, attention_backend=attention_backend)
-    abstract = nn.unbox(jax.eval_shape(editor.init, jax.random.key(0)))
+    abstract = nn.unbox(editor.abstract())
     file = folder / "model.safetensors"
     tensors, _ = weights.load_safetensors(file)
     params: dict[str, Any] = {"autoencoder": {}}

@@ -7,7 +7,7 @@ position.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -31,14 +31,15 @@ class TextSide(Protocol):
         """Why an instruction cannot be used, or None if it can."""
         ...
 
+    @property
+    def remedy(self) -> str:
+        """What to do about faults, or an empty string."""
+        ...
+
     def encode(self, params: Any, inputs: Any) -> tuple[Array, Array]: ...
 
     def init(self, key: Array) -> Any:
         """Fresh parameters, boxed with logical axis names; ``{}`` if there are none."""
-        ...
-
-    def example(self) -> Any:
-        """``inputs`` of one instruction, as arrays or ShapeDtypeStructs."""
         ...
 
 
@@ -112,6 +113,7 @@ class WordTable:
 
     tokenizer: WordTokenizer
     encoder: TableTextEncoder
+    remedy: str = ""
 
     def inputs(self, prompts: Sequence[str]) -> np.ndarray:
         return self.tokenizer(prompts)
@@ -124,7 +126,40 @@ class WordTable:
         return out
 
     def init(self, key: Array) -> Any:
-        return self.encoder.init(key, self.example())["params"]
+        return self.encoder.init(key, jnp.zeros((1, self.tokenizer.max_length), jnp.int32))["params"]
 
-    def example(self) -> Array:
-        return jnp.zeros((1, self.tokenizer.max_length), jnp.int32)
+
+@dataclasses.dataclass(frozen=True)
+class PrecomputedText:
+    """States that other encoders made: read from a cache, or computed by ``torch_bridge`` before sampling starts.
+
+    Attributes:
+        lookup: prompts -> ``{"text": [B, S, D], "pooled": [B, P]}``, host arrays.
+        has: whether ``lookup`` knows a prompt.
+        remedy: what to do about prompts that it does not know.
+    """
+
+    lookup: Callable[[Sequence[str]], Mapping[str, np.ndarray]]
+    has: Callable[[str], bool]
+    remedy: str = ""
+
+    @classmethod
+    def of(cls, table: Mapping[str, Mapping[str, np.ndarray]]) -> "PrecomputedText":
+        """From ``{prompt: {"text": [S, D], "pooled": [P]}}``."""
+
+        def lookup(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+            return {name: np.stack([table[prompt][name] for prompt in prompts]) for name in ("text", "pooled")}
+
+        return cls(lookup, table.__contains__)
+
+    def inputs(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        return dict(self.lookup(prompts))
+
+    def fault(self, prompt: str) -> str | None:
+        return None if self.has(prompt) else f"prompt {prompt!r} is not in the text cache"
+
+    def encode(self, params: Any, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+        return inputs["text"], inputs["pooled"]
+
+    def init(self, key: Array) -> Any:
+        return {}

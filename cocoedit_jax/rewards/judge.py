@@ -6,6 +6,7 @@ never replaced by a default number, because a made-up score trains the policy as
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,13 +72,26 @@ def register_judge(name: str) -> Callable[[Callable[..., Judge]], Callable[..., 
 
 
 def make_judge(name: str, **options: Any) -> Judge:
-    """The judge `name`, built with `options`. Raises UserError for an unknown name or option."""
-    if name not in JUDGES:
-        raise UserError(f"judge: {name!r} given, expected one of {', '.join(sorted(JUDGES))}")
+    """The judge `name`, built with `options`; `MODULE:NAME` takes a class or function that is not registered.
+
+    Raises:
+        UserError: an unknown name or option.
+    """
+    factory = _imported(name) if ":" in name else JUDGES.get(name)
+    if factory is None:
+        raise UserError(f"judge: {name!r} given, expected MODULE:NAME or one of {', '.join(sorted(JUDGES))}")
     try:
-        return JUDGES[name](**options)
+        return factory(**options)
     except TypeError as error:
         raise UserError(f"judge {name!r}: options {sorted(options)} do not fit ({error})") from error
+
+
+def _imported(name: str) -> Callable[..., Judge]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"judge: {name!r} given, but it cannot be imported ({error})") from error
 
 
 def judge_scores(judge: Judge, requests: Sequence[JudgeRequest]) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
 
 
 def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
-    """Shardings for a tree of boxed parameters (``eval_shape`` of ``editor.init``); unboxed leaves are replicated."""
+    """Shardings for a tree of boxed parameters (``editor.abstract()``); unboxed leaves are replicated."""
 
     def leaf(x: Any) -> NamedSharding:
         if isinstance(x, nn.LogicallyPartitioned):

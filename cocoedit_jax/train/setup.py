@@ -6,7 +6,6 @@ from typing import Any
 
 import grain
 import jax
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,15 +19,13 @@ from cocoedit_jax.models import lora
 from cocoedit_jax.models.attention import BACKENDS
 from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.flux import REMAT_POLICIES
-from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.judge import Judge, make_judge
 from cocoedit_jax.rewards.registry import weighted_rewards
 from cocoedit_jax.sharding.mesh import DATA, make_mesh
-from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.train.editors import EDITORS
 
 _MOST_FAULTS = 20  # listed in one message
-PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
 
 @dataclass
@@ -72,7 +69,7 @@ def check_config(config: ConfigDict, mesh: Mesh) -> NFTConfig:
     if config.rollout.group_size < 2:
         raise UserError(f"config.rollout.group_size={config.rollout.group_size}; a group needs at least 2 edits")
     for name, choices in (
-        ("model.kind", ("quickstart",)),
+        ("model.kind", tuple(EDITORS)),
         ("model.remat", tuple(REMAT_POLICIES)),
         ("model.attention", ("auto", *BACKENDS)),
         ("rollout.solver", tuple(SOLVERS)),
@@ -109,14 +106,6 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
     return records
 
 
-def load_model(config: ConfigDict, mesh: Mesh) -> tuple[KontextEditor, Any]:
-    """The editor and its frozen parameters, sharded over ``mesh`` by the rule table."""
-    folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
-    editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
-    shardings = parameter_shardings(jax.eval_shape(editor.init, jax.random.key(0)), mesh)
-    return editor, jax.device_put(nn.unbox(params), shardings)
-
-
 def _check_conditioning(editor: KontextEditor, framing: Framing, records: tuple[Record, ...]) -> None:
     """Refuses image sizes and instructions that the model cannot take, before anything is computed."""
     try:
@@ -128,6 +117,7 @@ def _check_conditioning(editor: KontextEditor, framing: Framing, records: tuple[
     if faults:
         lines = [f"line {record.line}, record {record.id!r}: {fault}" for record, fault in faults[:_MOST_FAULTS]]
         more = [f"... and {len(faults) - len(lines)} more"] if len(faults) > len(lines) else []
+        more += [editor.text.remedy] if editor.text.remedy else []
         raise UserError(f"{len(faults)} instructions that this model cannot take:\n  " + "\n  ".join(lines + more))
 
 
@@ -150,8 +140,9 @@ def build(config: ConfigDict) -> Setup:
             f"{config.data.path}: {len(train)} records to train on and {len(held_out)} held out; expected at least "
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
-    editor, params = load_model(config, mesh)
+    editor, load_params = EDITORS[config.model.kind](config, mesh)
     _check_conditioning(editor, framing, records.records)
+    params = load_params()
     return Setup(
         config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, editor, params,
         framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,

@@ -27,7 +27,7 @@ def tiny_quickstart() -> QuickstartConfig:
 @functools.cache
 def random_params(editor, seed: int = 0):
     """Host parameters without the zero start of modulation and output layers, which would hide most of the network."""
-    params = nn.unbox(jax.eval_shape(editor.init, jax.random.key(seed)))
+    params = nn.unbox(editor.abstract())
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: (0.25 * rng.standard_normal(x.shape)).astype(np.float32), params)
 

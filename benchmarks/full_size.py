@@ -1,0 +1,79 @@
+"""The optimizer step of FLUX.1 Kontext at its real size, compiled ahead of time: memory per device, no weights needed.
+
+    JAX_PLATFORMS=cpu python -m benchmarks.full_size                                      # for the CPU backend
+    JAX_PLATFORMS=cpu python -m benchmarks.full_size --topology=v5p:2x2x1 --fsdp=4        # for TPUs that are not there
+
+For a topology install the extra [tpu] (libtpu) and set TPU_SKIP_MDS_QUERY=1. Nothing is executed.
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+from collections import Counter
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from cocoedit_jax.models import lora
+from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
+from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.flux import REMAT_POLICIES, FluxConfig, FluxTransformer
+from cocoedit_jax.models.text import PrecomputedText
+from cocoedit_jax.nft.presets import preset
+from cocoedit_jax.sharding.mesh import make_mesh
+from cocoedit_jax.train.plan import StepShape, lower_step, memory
+
+GIB = 2**30
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """Compiles and returns the figures."""
+    devices = jax.devices()[:1]
+    if args.topology:
+        devices = list(np.asarray(topologies.get_topology_desc(args.topology, "tpu").devices).flat)
+    mesh = make_mesh({"data": -1, "fsdp": args.fsdp, "tensor": args.tensor}, devices)
+    transformer = FluxTransformer(FluxConfig(), dtype=jnp.bfloat16, remat=args.remat, attention_backend=args.attention)
+    editor = KontextEditor(transformer, AutoencoderKL(), PrecomputedText.of({}))
+    data = mesh.shape["data"]
+    shape = StepShape(args.resolution, args.resolution, args.text_tokens, args.samples, args.per_device * data)
+    start = time.perf_counter()
+    lowered = lower_step(editor, preset(args.preset), lora.LoraConfig(32, 64), shape, mesh)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    ended = time.perf_counter()
+    text = compiled.as_text()
+    found = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
+    return {
+        "settings": vars(args),
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "seconds": {"lower": traced - start, "compile": ended - traced},
+        "gib": {name: value / GIB for name, value in memory(compiled).items()},
+        "collectives_in_text": dict(Counter(found)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topology", default="", help="TPU topology, such as v5p:2x2x1; empty: this machine's device")
+    parser.add_argument("--fsdp", type=int, default=1)
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--resolution", type=int, default=512, help="pixels")
+    parser.add_argument("--text_tokens", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=288, help="per optimizer step")
+    parser.add_argument("--per_device", type=int, default=3, help="samples per micro-batch and data shard")
+    parser.add_argument("--remat", default="full", choices=sorted(REMAT_POLICIES))
+    parser.add_argument("--attention", default="xla")
+    parser.add_argument("--preset", default="cocoedit")
+    print(json.dumps(report(parser.parse_args()), indent=1))
+
+
+if __name__ == "__main__":
+    main()

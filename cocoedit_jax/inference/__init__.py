@@ -1,0 +1,1 @@
+"""Editing pictures with a model, with or without a LoRA."""

@@ -1,0 +1,90 @@
+"""What to edit: one picture from the command line, or many from a JSONL file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from cocoedit_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One edit: picture, instruction, where the result goes, and the seed of its noise."""
+
+    image: Path
+    prompt: str
+    out: Path
+    seed: int = 0
+
+
+def read_requests(path: Path, out: Path, seed: int) -> list[EditRequest]:
+    """Requests of a JSONL file, one object per line: ``image`` and ``prompt``, optionally ``out`` and ``seed``.
+
+    Pictures are relative to the file's folder, results to the folder ``out``; a line without ``out`` is written to
+    ``NNNNNN.png``, its line number.
+
+    Raises:
+        UserError: naming every line that cannot be used.
+    """
+    if not path.is_file():
+        raise UserError(f"--batch={path}: no such file")
+    requests, faults = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            try:
+                requests.append(_parse(json.loads(line), path.parent, out, number, seed))
+            except (ValueError, TypeError) as error:
+                faults.append(f"line {number}: {error}")
+    outs = [request.out for request in requests]
+    faults += [f"{twice}: written by more than one line" for twice in sorted({o for o in outs if outs.count(o) > 1})]
+    if faults:
+        raise UserError(f"--batch={path}: {len(faults)} fault(s):\n  " + "\n  ".join(faults[:20]))
+    if not requests:
+        raise UserError(f"--batch={path}: holds no line; expected JSON objects with 'image' and 'prompt'")
+    return requests
+
+
+def _parse(row: Any, root: Path, out: Path, number: int, seed: int) -> EditRequest:
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON {type(row).__name__}, expected an object")
+    if unknown := sorted(set(row) - {"image", "prompt", "out", "seed"}):
+        raise ValueError(f"unknown field {unknown[0]!r}; expected image, prompt, out, seed")
+    for name in ("image", "prompt"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(f"{name} is {row.get(name)!r}; expected a non-empty string")
+    own = row.get("seed", seed)
+    if not isinstance(own, int) or isinstance(own, bool):
+        raise ValueError(f"seed is {own!r}; expected a whole number")
+    name = row.get("out", f"{number:06d}.png")
+    if not isinstance(name, str) or not (out / name).resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"out is {name!r}; expected a file name below --out")
+    return EditRequest(root / row["image"], row["prompt"], out / name, own)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture, upright and in RGB. Raises UserError naming the file."""
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such picture") from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable picture ({error})") from error
+
+
+def check_pictures(requests: Sequence[EditRequest]) -> list[tuple[int, int]]:
+    """(height, width) of every picture, upright. Raises UserError naming all that cannot be read."""
+    sizes, faults = [], []
+    for request in requests:
+        try:
+            picture = open_picture(request.image)
+            sizes.append((picture.height, picture.width))
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(f"{len(faults)} picture(s) cannot be edited:\n  " + "\n  ".join(faults[:20]))
+    return sizes

@@ -1,0 +1,148 @@
+"""FLUX.1 Kontext from a model folder in diffusers' layout: the editor, its frozen parameters, picture sizes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
+from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
+from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.text import TextSide
+from cocoedit_jax.models.weights_folder import load_component
+
+# (height, width) in pixels, about one megapixel each, that FLUX.1 Kontext was trained on (model card).
+PREFERRED_SIZES = tuple(
+    (h, w)
+    for w, h in (
+        (672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+        (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+        (1568, 672),
+    )
+)  # fmt: skip
+MAX_AREA = 1024**2  # pixels of an edit whose size is not given
+# diffusers' scheduler field -> argument of ``flow.schedule.flow_match_sigmas``.
+_SCHEDULE = {
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+    "base_image_seq_len": "base_seq_len",
+    "max_image_seq_len": "max_seq_len",
+    "shift_terminal": "shift_terminal",
+}
+
+
+def preferred_size(height: int, width: int) -> tuple[int, int]:
+    """The preferred (height, width) with the nearest aspect ratio, as diffusers chooses it for the source image."""
+    aspect = width / height
+    return min(PREFERRED_SIZES, key=lambda size: (abs(aspect - size[1] / size[0]), size[1], size[0]))
+
+
+def fitted_size(height: int, width: int, unit: int, max_area: int = MAX_AREA) -> tuple[int, int]:
+    """(height, width) of about ``max_area`` pixels with the aspect ratio of ``height`` x ``width``, cut to multiples of
+    ``unit``, as diffusers derives the size of the edit."""
+    aspect = width / height
+    sides = round(math.sqrt(max_area / aspect)), round(math.sqrt(max_area * aspect))
+    return sides[0] // unit * unit, sides[1] // unit * unit
+
+
+def read_schedule(folder: Path) -> tuple[tuple[str, Any], ...]:
+    """Arguments of the sigma schedule from ``scheduler/scheduler_config.json``.
+
+    Raises:
+        UserError: the file is missing, or asks for a schedule other than the dynamically shifted one.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_config(path)
+    wanted = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "invert_sigmas": False}
+    wanted |= {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
+    problems = [
+        f"{key} is {config[key]!r}; expected {value!r}"
+        for key, value in wanted.items()
+        if key in config and bool(config[key] != value)
+    ]
+    if not config.get("use_dynamic_shifting", False):
+        problems.append("use_dynamic_shifting is absent or false; expected true")
+    if problems:
+        raise UserError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
+    return tuple((ours, config[theirs]) for theirs, ours in _SCHEDULE.items() if config.get(theirs) is not None)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``. Raises UserError when it is missing or something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; expected a model folder in diffusers' layout") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def build_kontext(
+    folder: Path,
+    text: TextSide,
+    *,
+    dtype: Any = jnp.bfloat16,
+    vae_dtype: Any = jnp.float32,
+    vae_tile: int | None = None,
+    remat: str = "none",
+    attention_backend: str = "auto",
+    guidance: float = 2.5,
+    shards: int = 1,
+) -> KontextEditor:
+    """The editor of the model in ``folder``; parameters are held outside.
+
+    Args:
+        folder: diffusers' layout: ``transformer/config.json``, ``vae/config.json``, ``scheduler/``.
+        text: where embeddings come from.
+        dtype: of the transformer's weights and activations.
+        vae_dtype: of the autoencoder's.
+        vae_tile: side in pixels of the tiles in which larger pictures are decoded; None decodes exactly.
+        guidance: embedded guidance scale.
+        shards: number of devices that a batch is split over.
+
+    Raises:
+        UserError: a configuration file is missing or asks for something that is not implemented.
+    """
+    paths = {name: folder / name / "config.json" for name in ("transformer", "vae")}
+    shape = FluxConfig.from_diffusers(read_config(paths["transformer"]), str(paths["transformer"]))
+    vae = AutoencoderKLConfig.from_dict(read_config(paths["vae"]), str(paths["vae"]))
+    editor = KontextEditor(
+        transformer=FluxTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
+        autoencoder=AutoencoderKL(
+            vae, vae_dtype, shards=shards, tile_size=vae_tile, attention_backend=attention_backend
+        ),
+        text=text,
+        guidance=guidance,
+        schedule=read_schedule(folder),
+    )
+    if editor.token_channels != shape.in_channels:
+        raise UserError(
+            f"{paths['vae']}: {vae.latent_channels} latent channels pack to {editor.token_channels} per token; "
+            f"{paths['transformer']} expects in_channels={shape.in_channels}"
+        )
+    return editor
+
+
+def load_params(editor: KontextEditor, folder: Path, shardings: Any) -> Any:
+    """The frozen parameters, read straight into arrays placed by ``shardings``, a tree as ``editor.abstract()``.
+
+    Raises:
+        UserError: files or tensors that are missing or do not fit, all together.
+    """
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(editor.abstract()), shardings
+    )
+    return {
+        "transformer": load_component(folder / "transformer", abstract["transformer"]),
+        "autoencoder": load_component(folder / "vae", abstract["autoencoder"]),
+        "text": {},
+    }

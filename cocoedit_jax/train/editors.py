@@ -1,0 +1,78 @@
+"""The editors that ``config.model.kind`` can name. Adding one is a function here (CONTRIBUTING.md, "Add an editor")."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cocoedit_jax.data.text_cache import TextCache, cache_folder, encode_command
+from cocoedit_jax.data.text_identity import text_identity
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.hub import resolve_model
+from cocoedit_jax.models.kontext import build_kontext, load_params
+from cocoedit_jax.models.quickstart import load_base
+from cocoedit_jax.models.text import PrecomputedText
+from cocoedit_jax.sharding.mesh import DATA
+from cocoedit_jax.sharding.rules import parameter_shardings
+
+PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
+
+# The editor, and a function that loads its parameters: so that what can be refused is refused before they are read.
+Loaded = tuple[KontextEditor, Callable[[], Any]]
+EDITORS: dict[str, Callable[[ConfigDict, Mesh], Loaded]] = {}
+
+
+def register_editor(name: str) -> Callable[[Callable[[ConfigDict, Mesh], Loaded]], Any]:
+    """Decorator: make an editor selectable as ``config.model.kind``. Raises UserError for a taken name."""
+
+    def add(loader: Callable[[ConfigDict, Mesh], Loaded]) -> Callable[[ConfigDict, Mesh], Loaded]:
+        if name in EDITORS:
+            raise UserError(f"editor {name!r} is registered already; expected a new name")
+        EDITORS[name] = loader
+        return loader
+
+    return add
+
+
+@register_editor("quickstart")
+def quickstart(config: ConfigDict, mesh: Mesh) -> Loaded:
+    """A base written by ``launch.pretrain``; ``model.path`` empty: the one in the package."""
+    folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
+    editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
+    shardings = parameter_shardings(editor.abstract(), mesh)
+    return editor, lambda: jax.device_put(nn.unbox(params), shardings)
+
+
+@register_editor("flux_kontext")
+def flux_kontext(config: ConfigDict, mesh: Mesh) -> Loaded:
+    """FLUX.1 Kontext in diffusers' layout; instructions come from the text cache of ``data.path``."""
+    model = config.model
+    folder = resolve_model(model.path)
+    cache_path = cache_folder(config.data.path, model.text_tokens)
+    cache = TextCache(cache_path, text_identity(folder), model.text_tokens)
+    remedy = f"add them with: {encode_command(cache_path, model.text_tokens)}"
+    editor = build_kontext(
+        folder,
+        PrecomputedText(cache, cache.__contains__, remedy),
+        dtype=jnp.dtype(model.dtype),
+        vae_dtype=jnp.dtype(model.vae_dtype),
+        vae_tile=model.vae_tile or None,
+        remat=model.remat,
+        attention_backend=model.attention,
+        guidance=model.guidance,
+        shards=mesh.shape[DATA],
+    )
+    shape, header = editor.transformer.config, cache.header
+    widths = (header.features, header.pooled_features)
+    if widths != (shape.joint_attention_dim, shape.pooled_projection_dim):
+        raise UserError(
+            f"{cache_path}: embeddings of widths {widths}; the transformer of {folder} expects "
+            f"{(shape.joint_attention_dim, shape.pooled_projection_dim)}"
+        )
+    return editor, lambda: load_params(editor, folder, parameter_shardings(editor.abstract(), mesh))

@@ -1,0 +1,124 @@
+"""The optimizer step compiled at full size without weights, data, or even the devices: what it needs of memory."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from cocoedit_jax.models import lora
+from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.nft.presets import NFTConfig
+from cocoedit_jax.sharding.mesh import batch_sharding, replicated
+from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.train.step import StepBatch, StepScalars, TrainState, make_optimizer, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """Sizes of one optimizer step.
+
+    Attributes:
+        height, width: of the pictures, pixels.
+        text_tokens: length of the text states.
+        samples: per optimizer step, over all devices.
+        micro_batch: samples per forward and backward, over all devices.
+        sampler_steps: of the rollout, whose sigmas are trained on.
+    """
+
+    height: int = 512
+    width: int = 512
+    text_tokens: int = 128
+    samples: int = 288
+    micro_batch: int = 24
+    sampler_steps: int = 10
+
+
+def _placed(tree: Any, sharding: Any) -> Any:
+    """Shapes of ``tree`` with ``sharding``, one for all leaves or a tree of them."""
+    if isinstance(sharding, jax.sharding.Sharding):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+
+
+def abstract_params(editor: KontextEditor, mesh: Mesh) -> Any:
+    """Shapes of the frozen parameters as the rule table shards them."""
+    boxed = editor.abstract()
+    return _placed(nn.unbox(boxed), parameter_shardings(boxed, mesh))
+
+
+def abstract_state(params: Any, cfg: NFTConfig, lora_cfg: lora.LoraConfig, mesh: Mesh) -> TrainState:
+    """Shapes of the replicated training state."""
+
+    def init(key: jax.Array) -> TrainState:
+        theta = lora.init_adapter(key, params["transformer"], lora_cfg)
+        ema = theta if cfg.ema_decay > 0 else None
+        return TrainState(theta, theta, ema, make_optimizer(3e-4, 1e-4, 1.0).init(theta), jnp.zeros((), jnp.int32))
+
+    return _placed(jax.eval_shape(init, jax.random.key(0)), replicated(mesh))
+
+
+def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: StepShape, mesh: Mesh) -> StepBatch:
+    model = editor.transformer.config
+    count = -(-shape.samples // shape.micro_batch)
+
+    def array(*dims: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((count, shape.micro_batch, *dims), dtype, sharding=batch_sharding(mesh, axis=1))
+
+    tokens = (grid.tokens, editor.token_channels)
+    text_dtype = editor.transformer.dtype
+    return StepBatch(
+        x0=array(*tokens),
+        conditioning=Conditioning(
+            source=array(*tokens),
+            text=array(shape.text_tokens, model.joint_attention_dim, dtype=text_dtype),
+            pooled=array(model.pooled_projection_dim, dtype=text_dtype),
+            guidance=array(),
+        ),
+        preserve_latent=array(grid.height, grid.width),
+        r=array(grid.tokens) if cfg.r_granularity == "token" else array(),
+        token_weight=array(grid.tokens),
+        tau_pos=array(),
+        tau_neg=array(),
+        valid=array(),
+        sample=array(dtype=jnp.int32),
+    )
+
+
+def lower_step(
+    editor: KontextEditor, cfg: NFTConfig, lora_cfg: lora.LoraConfig, shape: StepShape, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The optimizer step, traced for ``mesh``, whose devices may be those of a topology that is not there
+    (``jax.experimental.topologies``); ``.compile()`` it for memory and collectives.
+
+    Raises:
+        ValueError: a picture size that does not divide.
+    """
+    grid = editor.grid(shape.height, shape.width)
+    sigmas = editor.sigmas(shape.sampler_steps, grid)
+    step = make_train_step(editor, grid, sigmas, cfg, lora_cfg, make_optimizer(3e-4, 1e-4, 1.0), mesh)
+    params = abstract_params(editor, mesh)
+    scalar = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("count", "old_decay", "ema_decay")}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    scalars = StepScalars(num_micro=jax.ShapeDtypeStruct((), jnp.int32), key=key, **scalar)  # pyright: ignore
+    return step.lower(
+        abstract_state(params, cfg, lora_cfg, mesh),
+        params,
+        _abstract_batch(editor, grid, cfg, shape, mesh),
+        _placed(scalars, replicated(mesh)),
+    )
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes per device that the compiler plans: arguments, results, aliased between the two, temporaries."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise RuntimeError("this backend gives no memory analysis")
+    return {
+        "arguments": analysis.argument_size_in_bytes,
+        "results": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+    }

@@ -1,0 +1,99 @@
+"""Edits pictures with FLUX.1 Kontext, with or without a LoRA.
+
+    python -m launch.edit --model=DIR --image=in.png --prompt="make the car red" --out=out.png [--lora=FILE_OR_FOLDER]
+    python -m launch.edit --model=DIR --batch=edits.jsonl --out=FOLDER       # lines {"image", "prompt", "out", "seed"}
+
+DIR is FLUX.1-Kontext-dev in diffusers' layout, or its name in the Hugging Face cache; nothing is downloaded. Text is
+encoded by PyTorch: pip install 'cocoedit-jax[bridge]'.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.flow.solvers import SOLVERS
+from cocoedit_jax.inference.requests import EditRequest, check_pictures, read_requests
+
+_MODEL = flags.DEFINE_string("model", None, "Model folder, or a repository name in the Hugging Face cache.")
+_IMAGE = flags.DEFINE_string("image", None, "Picture to edit; needs --prompt.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Instruction.")
+_BATCH = flags.DEFINE_string("batch", None, "JSONL of many edits, instead of --image and --prompt.")
+_OUT = flags.DEFINE_string("out", None, "File to write; with --batch, a folder.")
+_LORA = flags.DEFINE_string("lora", None, "LoRA file or folder, in any format that launch.convert_lora reads.")
+_LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "Strength of the LoRA; 1: as trained.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", lower_bound=0)
+_STEPS = flags.DEFINE_integer("steps", 28, "Sampler steps.", lower_bound=1)
+_SOLVER = flags.DEFINE_enum("solver", "euler", sorted(SOLVERS), "Sampler.")
+_GUIDANCE = flags.DEFINE_float("guidance", 2.5, "Embedded guidance scale.", lower_bound=0.0)
+_SIZE = flags.DEFINE_string("size", "auto", "Size of the edit, WIDTHxHEIGHT in pixels; auto: about a megapixel.")
+_SOURCE = flags.DEFINE_enum(
+    "source_size", None, ["preferred", "target", "own"],
+    "Size at which the model sees the picture: one it was trained on, the edit's, or its own. Default: preferred, and "
+    "target where --size is given.",
+)  # fmt: skip
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Edits of one size sampled at once.", lower_bound=1)
+_SIDE_BY_SIDE = flags.DEFINE_bool("side_by_side", False, "Also write the picture beside its edit.")
+_TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 512, "T5 tokens of an instruction.", lower_bound=1, upper_bound=512)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the transformer.")
+_VAE_TILE = flags.DEFINE_integer("vae_tile", 0, "Decode in tiles of so many pixels to save memory; 0: exactly.")
+flags.mark_flags_as_required(["model", "out"])
+
+
+def _size() -> tuple[int, int] | None:
+    if _SIZE.value == "auto":
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", _SIZE.value)
+    if not match:
+        raise UserError(f"--size={_SIZE.value}; expected WIDTHxHEIGHT, such as 1024x768, or auto")
+    return int(match[2]), int(match[1])
+
+
+def _requests() -> list[EditRequest]:
+    if _BATCH.value:
+        if _IMAGE.value or _PROMPT.value:
+            raise UserError("--batch: stands in for --image and --prompt; give one or the other")
+        return read_requests(Path(_BATCH.value), Path(_OUT.value or "."), _SEED.value)
+    if not _IMAGE.value or not _PROMPT.value:
+        raise UserError("--image and --prompt: give both, or --batch=FILE.jsonl")
+    return [EditRequest(Path(_IMAGE.value), _PROMPT.value, Path(_OUT.value or ""), _SEED.value)]
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        requests, size = _requests(), _size()
+        check_pictures(requests)
+        from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
+        from cocoedit_jax.inference.load import load_for_editing
+        from cocoedit_jax.reporting.telemetry import progress
+
+        source = _SOURCE.value or ("preferred" if size is None else "target")
+        options = EditOptions(_STEPS.value, _SOLVER.value, size, source, _BATCH_SIZE.value)
+        editor, params, adapter = load_for_editing(
+            _MODEL.value,
+            [request.prompt for request in requests],
+            lora_path=_LORA.value,
+            lora_scale=_LORA_SCALE.value,
+            text_tokens=_TEXT_TOKENS.value,
+            dtype=_DTYPE.value,
+            guidance=_GUIDANCE.value,
+            vae_tile=_VAE_TILE.value or None,
+            size=size,
+        )
+        with progress(len(requests), "edit", "picture") as bar:
+            edit_all(
+                PictureEditor(editor, params, adapter, options), requests,
+                side_by_side=_SIDE_BY_SIDE.value, progress=bar.update,
+            )  # fmt: skip
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(requests[0].out if len(requests) == 1 else f"{len(requests)} edits in {_OUT.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

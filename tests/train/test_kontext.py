@@ -1,0 +1,149 @@
+"""FLUX.1 Kontext as a user runs it, on a tiny random model in the real file layout: text cache, training, LoRA, edit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cocoedit_jax.data.prepare import write_scenes
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.lora_files import load_lora
+from cocoedit_jax.reporting.telemetry import read_metrics
+from cocoedit_jax.train.loop import train
+from cocoedit_jax.train.setup import build
+from configs.flux_kontext import get_config
+from tests.parity.tiny_kontext import save_tiny_kontext
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE, TOKENS = 32, 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    for package in ("torch", "diffusers", "transformers"):
+        pytest.importorskip(package)
+    return save_tiny_kontext(tmp_path_factory.mktemp("model"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def data(model, tmp_path_factory):
+    from torch_bridge.flux_text import encode_folder
+
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, 24, SIZE, seed=3)
+    encode_folder(folder, model, TOKENS)
+    return folder
+
+
+def config(model, data, preset="cocoedit", **overrides):
+    small = {
+        "model.path": str(model), "model.text_tokens": TOKENS, "model.dtype": "float32", "data.path": str(data),
+        "data.resolution": SIZE, "data.held_out": 0.3, "rollout.groups": 2, "rollout.group_size": 4,
+        "rollout.batch_size": 8, "rollout.steps": 3, "train.steps": 1, "train.micro_batch": 4, "lora.rank": 2,
+        "lora.alpha": 4, "mesh.data": 2, "mesh.fsdp": 2, "judge.name": "tests.train.test_kontext:red_judge",
+        "evaluation.scenes": 4, "evaluation.batch_size": 4, "evaluation.steps": 2, "checkpoint.every": 1,
+        "algorithm.timestep_fraction": 0.7, "algorithm.ban": False,
+    }  # fmt: skip
+    out = get_config(preset)
+    out.update_from_flattened_dict(small | overrides)
+    return out
+
+
+def red_judge():
+    """A judge that likes red pictures."""
+    from cocoedit_jax.rewards.judge import JudgeScore
+
+    return lambda requests: [JudgeScore(float(r.edited[..., 0].mean())) for r in requests]
+
+
+def test_one_step_resume_and_export(model, data, tmp_path):
+    import torch
+    from diffusers import FluxKontextPipeline
+
+    run = tmp_path / "run"
+    first = train(build(config(model, data)), run)
+    assert first["step"] == 1 and np.isfinite(first["base"]["psnr_outside"]["mean"])
+    second = train(build(config(model, data, **{"train.steps": 2})), run, resume=True)
+    assert second["step"] == 2
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [1, 2]
+    for key in ("reward/judge", "reward/pixel", "train/kl", "train/gradient_norm", "mfu/rollout"):
+        assert np.isfinite(rows[-1][key]), key
+    assert rows[-1]["train/ner"] >= 0 and rows[-1]["train/gradient_norm"] > 0
+
+    folder = run / "lora" / "step_000002"
+    adapter, cfg = load_lora(folder)
+    assert cfg.scale == 2 and all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapter))
+    assert "base_model" in (folder / "README.md").read_text() or str(model) in (folder / "README.md").read_text()
+
+    # The LoRA changes the pipeline's edit, and ours, in the same way.
+    pipe = FluxKontextPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+    picture = tmp_path / "in.png"
+    source.save(picture)
+    stronger = _strengthened(folder, tmp_path / "stronger")
+    edits = {}
+    for name, lora in (("base", None), ("trained", stronger)):
+        if lora is not None:
+            pipe.load_lora_weights(lora)
+        arguments = [
+            sys.executable, "-m", "launch.edit", f"--model={model}", f"--image={picture}", "--prompt=make it red",
+            f"--out={tmp_path / name}.png", f"--size={SIZE}x{SIZE}", "--steps=3", "--dtype=float32", "--seed=5",
+            f"--text_tokens={TOKENS}", *([f"--lora={lora}"] if lora else []),
+        ]  # fmt: skip
+        subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, timeout=300)
+        tokens = (SIZE // 16) ** 2
+        noise = np.array(jax.random.normal(jax.random.key(5), (tokens, 64)))[None]
+        theirs = pipe(
+            image=source, prompt="make it red", height=SIZE, width=SIZE, max_area=SIZE**2, _auto_resize=False,
+            num_inference_steps=3, guidance_scale=2.5, latents=torch.from_numpy(noise), max_sequence_length=TOKENS,
+        ).images[0]  # fmt: skip
+        ours = np.asarray(Image.open(tmp_path / f"{name}.png"), np.int32)
+        assert np.abs(ours - np.asarray(theirs, np.int32)).max() <= 1  # of 255: a rounding apart
+        edits[name] = ours
+    assert np.abs(edits["base"] - edits["trained"]).max() > 3
+
+
+def _strengthened(folder: Path, out: Path) -> Path:
+    """The LoRA with larger B: two steps from zero change no pixel of an 8-bit picture."""
+    from cocoedit_jax.models.lora_files import save_lora
+
+    adapter, cfg = load_lora(folder)
+    grow = lambda path, x: x * (300 if path[-1].key == "lora_B" else 1)  # noqa: E731
+    save_lora(out, jax.tree_util.tree_map_with_path(grow, adapter), cfg)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["cocoedit-official", "cocoedit-routed", "edit-r1"])
+def test_every_preset_steps(model, data, tmp_path, preset):
+    result = train(build(config(model, data, preset)), tmp_path / "run")
+    assert np.isfinite(result["trained"]["judge"]["mean"])
+
+
+def test_what_does_not_fit_is_refused(model, data, tmp_path):
+    with pytest.raises(UserError, match="judge: ''"):
+        build(config(model, data, **{"judge.name": ""}))
+    with pytest.raises(UserError, match="no text cache.*--max_length=64"):
+        build(config(model, data, **{"model.text_tokens": 64}))
+    with pytest.raises(UserError, match="resolution=40"):
+        build(config(model, data, **{"data.resolution": 40}))
+    other = save_tiny_kontext(tmp_path / "other", seed=2)
+    with pytest.raises(UserError, match="text_cache"):
+        build(config(other, data))
+    (tmp_path / "more").mkdir()
+    for path in data.iterdir():
+        (tmp_path / "more" / path.name).symlink_to(path)
+    metadata = tmp_path / "more" / "metadata.jsonl"
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    metadata.unlink()
+    row = json.loads(lines[0]) | {"prompt": "an instruction that was not encoded", "id": "new"}
+    metadata.write_text("\n".join([*lines, json.dumps(row)]) + "\n")
+    with pytest.raises(UserError, match="1 instructions.*\n.*'new'.*not encoded.*\n.*--encode=flux"):
+        build(config(model, tmp_path / "more"))

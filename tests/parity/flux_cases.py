@@ -27,8 +27,8 @@ def randomise(module: Any, rng: np.random.Generator) -> None:
             noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
             if ".lora_" in name:
                 parameter.copy_(0.3 * noise)
-            elif parameter.ndim == 2:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            elif parameter.ndim > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
             elif "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.5 * noise)
             else:

@@ -6,6 +6,7 @@ layer axis and run by ``lax.scan``: ``transformer_blocks.3.attn.to_q.weight`` th
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.layers import (
     LORA,
     EmbedMLP,
@@ -34,6 +36,13 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs, recompute the rest
 }
+
+
+CLASS_NAME = "FluxTransformer2DModel"  # diffusers' name of it
+
+
+def _size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +67,47 @@ class FluxConfig:
                 f"axes_dims_rope={self.axes_dims_rope} sums to {sum(self.axes_dims_rope)}; "
                 f"expected attention_head_dim={self.attention_head_dim}"
             )
+
+    @classmethod
+    def from_diffusers(cls, raw: Mapping[str, Any]) -> "FluxConfig":
+        """The shape that a ``config.json`` of diffusers' FluxTransformer2DModel describes.
+
+        Keys that are left out have diffusers' defaults, which are not ours: ``guidance_embeds`` is false there.
+
+        Raises:
+            UserError: naming all keys that are unknown, or have values that this model cannot take.
+        """
+        given: dict[str, Any] = {"guidance_embeds": False}
+        given |= {key: value for key, value in raw.items() if not key.startswith("_")}
+        checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+            "guidance_embeds": ("true or false", lambda x: isinstance(x, bool)),
+            "axes_dims_rope": ("a list of whole numbers", lambda x: isinstance(x, list | tuple) and all(map(_size, x))),
+            "patch_size": ("1", lambda x: x == 1),
+            "out_channels": ("null or in_channels", lambda x: x in (None, given.get("in_channels", cls.in_channels))),
+        }
+        for key in ("num_layers", "num_single_layers"):
+            checks[key] = ("a whole number", lambda x: x == 0 or _size(x))
+        for key in ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"):
+            checks[key] = ("a positive whole number", _size)
+        checks["pooled_projection_dim"] = checks["in_channels"]
+        problems = [
+            f"{key}={value!r}: not an option of this model" for key, value in given.items() if key not in checks
+        ]
+        problems += [
+            f"{key}={given[key]!r}: expected {expected}"
+            for key, (expected, accepts) in checks.items()
+            if key in given and not accepts(given[key])
+        ]
+        if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
+            problems.append(f"_class_name={raw['_class_name']!r}: expected {CLASS_NAME!r}")
+        if not problems:
+            values: dict[str, Any] = {key: given[key] for key in given if key not in ("patch_size", "out_channels")}
+            values["axes_dims_rope"] = tuple(given.get("axes_dims_rope", cls.axes_dims_rope))
+            try:
+                return cls(**values)
+            except ValueError as error:
+                problems = [str(error)]
+        raise UserError(f"configuration of a {CLASS_NAME}: " + "; ".join(problems))
 
     @property
     def hidden(self) -> int:
@@ -207,3 +257,11 @@ class FluxTransformer(nn.Module):
             cfg.in_channels, ("embed", None), dtype=self.dtype, kernel_init=nn.initializers.zeros, name="proj_out"
         )(x)
         return out.astype(jnp.float32)
+
+
+def abstract_params(config: FluxConfig) -> Any:
+    """ShapeDtypeStructs (float32) of the parameters, with logical axis names boxed around them; nothing is computed."""
+    zeros = [jnp.zeros((1, 2, config.in_channels)), jnp.zeros((1, 1, config.joint_attention_dim))]
+    zeros += [jnp.zeros((1, config.pooled_projection_dim)), jnp.zeros(1), jnp.zeros(1)]
+    init = FluxTransformer(config).init
+    return jax.eval_shape(lambda key: init(key, *zeros, np.zeros((3, 3), np.int32), 1)["params"], jax.random.key(0))

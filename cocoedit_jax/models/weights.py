@@ -7,9 +7,9 @@ becomes ``lora_A.weight [r, in]``.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,14 @@ STACKED = ("transformer_blocks", "single_transformer_blocks")
 _TRANSPOSED = ("kernel", "lora_A", "lora_B")
 _CONVOLUTION = 4  # dimensions of a convolution's kernel
 _LEAF_NAMES = {"kernel": "weight", "scale": "weight", "lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+
+
+class Spec(NamedTuple):
+    """Where a tensor of a file belongs: path and layer index (None outside a stack) here, shape in the file."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
 
 
 def flatten(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
@@ -70,7 +78,7 @@ def _tensor_name(path: tuple[str, ...], layer: int | None) -> str:
     return f"{module_name(path[:-1], layer)}.{_LEAF_NAMES.get(path[-1], path[-1])}".lstrip(".")
 
 
-def _torch_axes(leaf: str, ndim: int) -> tuple[int, ...]:
+def torch_axes(leaf: str, ndim: int) -> tuple[int, ...]:
     """Order of our axes in torch, for ``numpy.transpose``."""
     if leaf not in _TRANSPOSED:
         return tuple(range(ndim))
@@ -78,44 +86,58 @@ def _torch_axes(leaf: str, ndim: int) -> tuple[int, ...]:
 
 
 def _to_torch(leaf: str, array: np.ndarray) -> np.ndarray:
-    return array.transpose(_torch_axes(leaf, array.ndim))
+    return array.transpose(torch_axes(leaf, array.ndim))
 
 
 def _from_torch(leaf: str, tensor: np.ndarray) -> np.ndarray:
-    return tensor.transpose(np.argsort(_torch_axes(leaf, tensor.ndim)))
+    return tensor.transpose(np.argsort(torch_axes(leaf, tensor.ndim)))
 
 
-def _tensor_specs(tree: Mapping[str, Any]) -> dict[str, tuple[tuple[str, ...], int | None, tuple[int, ...]]]:
-    """Diffusers name -> (path here, layer index or None, shape in the file)."""
+def tensor_specs(tree: Mapping[str, Any]) -> dict[str, Spec]:
+    """Diffusers name -> where it belongs in ``tree``, of arrays or ShapeDtypeStructs."""
     specs = {}
     for path, leaf in flatten(tree).items():
         stacked = path[0] in STACKED
         shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = tuple(shape[axis] for axis in _torch_axes(path[-1], len(shape)))
+        shape = tuple(shape[axis] for axis in torch_axes(path[-1], len(shape)))
         for layer in range(leaf.shape[0]) if stacked else (None,):
-            specs[_tensor_name(path, layer)] = (path, layer, shape)
+            specs[_tensor_name(path, layer)] = Spec(path, layer, shape)
     return specs
 
 
 def tensor_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Diffusers name -> shape in torch layout, of arrays or ShapeDtypeStructs."""
-    return {name: shape for name, (_, _, shape) in _tensor_specs(tree).items()}
+    return {name: shape for name, (_, _, shape) in tensor_specs(tree).items()}
 
 
 def to_diffusers(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Tensors under their diffusers names, in torch layout."""
     flat = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(params).items()}
     out = {}
-    for name, (path, layer, _) in _tensor_specs(params).items():
+    for name, (path, layer, _) in tensor_specs(params).items():
         leaf = flat[path] if layer is None else flat[path][layer]
         out[name] = np.ascontiguousarray(_to_torch(path[-1], leaf))
     return out
 
 
-def refuse(source: str, problems: list[str]) -> None:
+def misfits(
+    specs: Mapping[str, Spec], found: Mapping[str, tuple[int, ...]], unreadable: Collection[str] = ()
+) -> list[str]:
+    """A line for every missing, unexpected and wrong-shape tensor; ``unreadable`` ones are not called missing."""
+    known = {*found, *unreadable}
+    problems = [f"missing: {name} {spec.shape}" for name, spec in specs.items() if name not in known]
+    problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in specs]
+    return problems + [
+        f"wrong shape: {name} {found[name]}, expected {spec.shape}"
+        for name, spec in specs.items()
+        if name in found and found[name] != spec.shape
+    ]
+
+
+def refuse(source: str, problems: list[str], summary: str = "tensor(s) do not fit") -> None:
     """Raises UserError with all ``problems`` of the tensors in ``source``, if there are any."""
     if problems:
-        raise UserError(f"{source}: {len(problems)} tensor(s) do not fit:\n  " + "\n  ".join(sorted(problems)))
+        raise UserError(f"{source}: {len(problems)} {summary}:\n  " + "\n  ".join(sorted(problems)))
 
 
 def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -124,15 +146,8 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any
     Raises:
         UserError: naming every missing, unexpected and wrong-shape tensor of ``source`` together.
     """
-    specs = _tensor_specs(abstract)
-    problems = [f"missing: {name} {shape}" for name, (_, _, shape) in specs.items() if name not in tensors]
-    problems += [f"unexpected: {name} {tuple(t.shape)}" for name, t in tensors.items() if name not in specs]
-    problems += [
-        f"wrong shape: {name} {tuple(tensors[name].shape)}, expected {shape}"
-        for name, (_, _, shape) in specs.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    refuse(source, problems)
+    specs = tensor_specs(abstract)
+    refuse(source, misfits(specs, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
     layers: dict[tuple[str, ...], list[np.ndarray]] = {}
     for name, (path, _, _) in specs.items():
         tensor = tensors[name]

@@ -239,19 +239,23 @@ def progress(
     unit: str = "it",
     initial: int = 0,
     *,
+    process_index: int = 0,
     file: Any = None,
     every: float = 30.0,
+    scale: bool = False,
 ) -> tqdm:
-    """A tqdm bar over an iterable, or over a total to be advanced with ``.update(n)``.
+    """A tqdm bar over an iterable, or over a total to be advanced with ``.update(n)``; silent except on process 0.
 
     Args:
         initial: units done before this run; they count in the bar and not in the rate.
         file: where to write (standard error).
         every: seconds between lines when ``file`` is no terminal.
+        scale: show counts as 1.5k, 2.0M, 3.2G; for bytes.
     """
     file = sys.stderr if file is None else file
     terminal = hasattr(file, "isatty") and file.isatty()
     options: dict[str, Any] = {"desc": desc, "unit": unit, "initial": initial, "file": file, "dynamic_ncols": terminal}
+    options |= {"disable": process_index != 0, "unit_scale": scale}
     if isinstance(work, int):
         options["total"] = work
     else:

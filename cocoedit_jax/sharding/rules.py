@@ -36,3 +36,18 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def sharded_shapes(abstract: Any, mesh: Mesh, dtype: Any = None) -> Any:
+    """ShapeDtypeStructs with the shardings of the rule table, without boxes: what the weight loaders fill.
+
+    Args:
+        abstract: boxed parameters, as for ``parameter_shardings``.
+        mesh: where they go.
+        dtype: of all of them; None keeps each one's own.
+    """
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype if dtype is None else dtype, sharding=sharding),
+        nn.unbox(abstract),
+        parameter_shardings(abstract, mesh),
+    )

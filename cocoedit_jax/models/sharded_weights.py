@@ -1,0 +1,228 @@
+"""Weights of any size from safetensors straight into sharded arrays, and back.
+
+A tensor is read once, put on the devices that hold a part of it, and written there into its stacked array, in place.
+The host holds what is read ahead and no more: neither the model nor a stack of its layers exists there as a whole.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from cocoedit_jax.models import safetensors_folder, weights
+from cocoedit_jax.models.safetensors_folder import StoredTensor
+from cocoedit_jax.reporting import telemetry
+
+STORED = "stored"  # a dtype argument: keep what the files hold
+READ_AHEAD = 512 * 2**20  # bytes read and not yet placed; on a CPU, as many again may be placed and not yet copied
+_THREADS = 8
+_BITS = {2: jnp.uint16, 4: jnp.uint32}
+
+
+def sharding_of(leaf: Any) -> Sharding:
+    """The sharding of an array or ShapeDtypeStruct; the first local device where there is none."""
+    return getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _drop_layers(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stack."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    if isinstance(sharding, SingleDeviceSharding):
+        return sharding
+    raise TypeError(f"sharding {sharding!r}; expected NamedSharding or SingleDeviceSharding")
+
+
+@functools.lru_cache(maxsize=512)
+def _programs(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> tuple[Any, Any, Any]:
+    """Compiled once per kind of leaf, for all devices: an empty stack, a layer put into it, and a cast."""
+    bits = _BITS[dtype.itemsize]
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=sharding)
+    def place(stack: jax.Array, piece: jax.Array, layer: jax.Array) -> jax.Array:
+        # As integers: XLA may change the bits of a NaN when it moves floats.
+        stack, piece = (lax.bitcast_convert_type(x, bits) for x in (stack, piece.astype(dtype)))
+        return lax.bitcast_convert_type(lax.dynamic_update_index_in_dim(stack, piece, layer, 0), dtype)
+
+    empty = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    cast = jax.jit(lambda piece: piece.astype(dtype), out_shardings=sharding)
+    return empty, place, cast
+
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One tensor of the files on its way into its leaf."""
+
+    tensor: StoredTensor
+    path: tuple[str, ...]
+    layer: int | None
+    sharding: Sharding  # of the piece, in our axes
+    axes: tuple[int, ...]  # ours in the file's order
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape[axis] for axis in np.argsort(self.axes))
+
+    def parts(self) -> dict[tuple[int, int], list[tuple[Any, Index]]]:
+        """{rows of the file: [(device, index into these rows in the file's axes)]} for this process's devices."""
+        out: dict[tuple[int, int], list[tuple[Any, Index]]] = {}
+        for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
+            stored = tuple((index or ())[axis] for axis in self.axes)
+            start, stop, _ = stored[0].indices(self.tensor.shape[0]) if stored else (0, 0, 1)
+            out.setdefault((start, stop), []).append((device, stored and (slice(None), *stored[1:])))
+        return out
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Bytes that this process reads."""
+        if not self.tensor.shape:
+            return self.tensor.nbytes
+        return sum(stop - start for start, stop in self.parts()) * self.tensor.nbytes // max(1, self.tensor.shape[0])
+
+    def load(self) -> jax.Array:
+        """The tensor in our axes and its own dtype, on the devices; columns that none of them holds are dropped."""
+        inverse, arrays = np.argsort(self.axes), {}
+        for (start, stop), parts in self.parts().items():
+            rows = self.tensor.read(start, stop)
+            for device, index in parts:
+                # The runtime transposes while it copies, several times faster than NumPy and than XLA on a CPU.
+                arrays[device] = jax.device_put(rows[index].transpose(inverse), device)
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, list(arrays.values()))
+
+
+def _leaf_dtypes(
+    specs: Mapping[str, weights.Spec],
+    tensors: Mapping[str, StoredTensor],
+    flat: Mapping[tuple[str, ...], Any],
+    dtype: Any,
+) -> tuple[dict[tuple[str, ...], np.dtype], list[str]]:
+    """Dtype of every leaf, and the stacks whose layers are stored in several."""
+    if dtype != STORED:
+        return {path: np.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in flat.items()}, []
+    found: dict[tuple[str, ...], set[np.dtype]] = {}
+    for name, spec in specs.items():
+        if name in tensors:
+            found.setdefault(spec.path, set()).add(tensors[name].dtype)
+    mixed = [
+        f"mixed dtypes: {'.'.join(path)} is stored as {sorted(map(str, dtypes))}; give the dtype to load as"
+        for path, dtypes in found.items()
+        if len(dtypes) > 1
+    ]
+    return {path: min(dtypes, key=str) for path, dtypes in found.items()}, mixed
+
+
+def load_sharded(
+    source: Path, abstract: Mapping[str, Any], *, dtype: Any = None, read_ahead: int = READ_AHEAD
+) -> dict[str, Any]:
+    """Parameters from safetensors files, every array placed as ``abstract`` says.
+
+    Args:
+        source: a .safetensors file, or a component folder of diffusers or transformers with one file or shards.
+        abstract: nested dict of ShapeDtypeStructs or arrays, without partitioning boxes. Their shardings say where the
+            arrays go (NamedSharding or SingleDeviceSharding; none: the first local device).
+        dtype: of all arrays; None takes that of ``abstract``, ``"stored"`` that of the files.
+        read_ahead: bytes that may be in memory between being read and being placed.
+
+    Returns:
+        A tree like ``abstract``. Where no cast is needed its bits are those of the files.
+
+    Raises:
+        UserError: naming all of it together: absent, truncated and unreadable files; tensors that are missing,
+            unexpected, of another shape or of a dtype that is no plain float; pickle files.
+    """
+    found = safetensors_folder.scan(source)
+    specs, flat = weights.tensor_specs(abstract), weights.flatten(abstract)
+    problems = weights.misfits(specs, {n: t.shape for n, t in found.tensors.items()}, found.lost)
+    dtypes, mixed = _leaf_dtypes(specs, found.tensors, flat, dtype)
+    weights.refuse(str(source), found.problems + problems + mixed, "problem(s) with the weights")
+
+    pieces = []
+    for name, (path, layer, shape) in specs.items():
+        sharding = sharding_of(flat[path])
+        sharding = sharding if layer is None else _drop_layers(sharding)
+        pieces.append(_Piece(found.tensors[name], path, layer, sharding, weights.torch_axes(path[-1], len(shape))))
+    # In the order of the files, which is also the same in every process.
+    pieces.sort(key=lambda piece: (piece.tensor.file, piece.tensor.offset))
+    arrays: dict[tuple[str, ...], jax.Array] = {}
+    total = sum(piece.nbytes for piece in pieces)
+    with telemetry.progress(total, f"load {source.name}", "B", process_index=jax.process_index(), scale=True) as bar:
+        for piece, loaded in _read_ahead(pieces, read_ahead):
+            leaf, target = flat[piece.path], dtypes[piece.path]
+            empty, place, cast = _programs(tuple(leaf.shape), target, sharding_of(leaf))
+            if piece.layer is None:
+                array = loaded if loaded.dtype == target else cast(loaded)
+            else:
+                stack = arrays[piece.path] if piece.path in arrays else empty()
+                array = place(stack, loaded, np.int32(piece.layer))
+            # Waited for, so that what was read is free before more is.
+            arrays[piece.path] = jax.block_until_ready(array)
+            bar.update(piece.nbytes)
+    return weights.unflatten({path: arrays[path] for path in flat})
+
+
+def _read_ahead(pieces: list[_Piece], budget: int) -> Iterator[tuple[_Piece, jax.Array]]:
+    """The pieces in order, loaded by threads; at most ``budget`` bytes, or one piece, are under way at a time."""
+    waiting: collections.deque[tuple[_Piece, concurrent.futures.Future[jax.Array]]] = collections.deque()
+    todo, held = collections.deque(pieces), 0
+    pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "weights")
+    try:
+        while todo or waiting:
+            while todo and (not waiting or held + todo[0].nbytes <= budget):
+                piece = todo.popleft()
+                held += piece.nbytes
+                waiting.append((piece, pool.submit(piece.load)))
+            piece, future = waiting.popleft()
+            yield piece, future.result()
+            held -= piece.nbytes
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _layer(stack: jax.Array, layer: jax.Array, axis: int = 0) -> jax.Array:
+    bits = lax.bitcast_convert_type(stack, _BITS[stack.dtype.itemsize])
+    return lax.bitcast_convert_type(lax.dynamic_index_in_dim(bits, layer, axis, keepdims=False), stack.dtype)
+
+
+def save_sharded(folder: Path, params: Mapping[str, Any], *, max_shard_size: int = 5 * 10**9) -> None:
+    """Writes ``params`` into ``folder`` as safetensors that diffusers reads, tensor by tensor.
+
+    Args:
+        folder: exists. The files in it are not complete before this returns.
+        params: nested dict of arrays, all addressable by this process; bfloat16, float16 or float32.
+        max_shard_size: bytes of tensors in one file.
+    """
+    specs, flat = weights.tensor_specs(params), weights.flatten(params)
+    plan = {name: (np.dtype(flat[spec.path].dtype), spec.shape) for name, spec in specs.items()}
+
+    def fetch(name: str) -> np.ndarray:
+        path, layer, shape = specs[name]
+        leaf = flat[path] if layer is None else _layer(flat[path], np.int32(layer))
+        tensor = np.asarray(leaf).transpose(weights.torch_axes(path[-1], len(shape)))
+        return np.ascontiguousarray(tensor).reshape(shape)  # NumPy makes a scalar contiguous as [1]
+
+    def tensors(names: list[str]) -> Iterator[np.ndarray]:
+        with concurrent.futures.ThreadPoolExecutor(2, "weights") as pool:
+            waiting: collections.deque[concurrent.futures.Future[np.ndarray]] = collections.deque()
+            for name in names:
+                waiting.append(pool.submit(fetch, name))
+                if len(waiting) > 4:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+    total = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in plan.values())
+    with telemetry.progress(total, f"write {folder.name}", "B", scale=True) as bar:
+        safetensors_folder.write(folder, plan, tensors, max_shard_size, bar.update)

@@ -18,7 +18,7 @@ from cocoedit_jax.data.prepare import write_scenes
 from cocoedit_jax.data.records import Record, read_records
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import lora
+from cocoedit_jax.models import lora, lora_files
 from cocoedit_jax.reporting.comparison import comparison_report
 from cocoedit_jax.reporting.telemetry import decode_number, progress, write_json
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, paste_source
@@ -101,7 +101,7 @@ def _train_and_measure(setup: Setup, out: Path, run_dir: Path, measured: Path, s
         train(setup, run_dir, resume=(run_dir / "config.json").is_file())
         if not (run_dir / "evaluation.json").is_file():
             raise UserError(f"{run_dir}: stopped before its end; run the same command again to continue")
-    adapter, _ = lora.load_lora(run_dir / "lora" / f"step_{setup.config.train.steps:06d}")
+    adapter, _ = lora_files.load_lora(run_dir / "lora" / f"step_{setup.config.train.steps:06d}")
     base = _evaluate(setup, None, fresh, "fresh scenes, base")
     write_json(out / measured.name, {"trained": base.to_json})
     trained = _evaluate(setup, adapter, fresh, f"fresh scenes, {preset} seed {setup.config.seed}")

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from benchmarks import nft_step_problem as problem
 from cocoedit_jax.flow.packing import position_ids
-from cocoedit_jax.models import lora, weights
+from cocoedit_jax.models import lora, lora_files, weights
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
 from cocoedit_jax.models.layers import LORA
 from cocoedit_jax.nft.objective import ObjectiveInputs, nft_objective
@@ -90,7 +90,7 @@ class Ours:
             fresh = jax.eval_shape(lambda: lora.init_adapter(jax.random.key(0), abstract, LORA_CONFIG))
             # Both halves at 0.05: the adapter changes the velocity by some percent.
             adapters[name] = jax.tree.map(lambda x: 0.05 * rng.standard_normal(x.shape, np.float32), fresh)
-            lora.save_lora(self.folder / name, adapters[name], LORA_CONFIG)
+            lora_files.save_lora(self.folder / name, adapters[name], LORA_CONFIG)
         weights.save_safetensors(self.folder / problem.WEIGHTS_FILE, weights.to_diffusers(params))
         weights.save_safetensors(self.folder / problem.INPUTS_FILE, inputs)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import nft_step_problem as problem
 from cocoedit_jax.flow.packing import position_ids
-from cocoedit_jax.models.lora import DIFFUSERS_FILE
+from cocoedit_jax.models.lora_files import DIFFUSERS_FILE
 from cocoedit_jax.nft.presets import preset
 
 Tensor = torch.Tensor

@@ -113,7 +113,10 @@ def build_kontext(
         UserError: a configuration file is missing or asks for something that is not implemented.
     """
     paths = {name: folder / name / "config.json" for name in ("transformer", "vae")}
-    shape = FluxConfig.from_diffusers(read_config(paths["transformer"]), str(paths["transformer"]))
+    try:
+        shape = FluxConfig.from_diffusers(read_config(paths["transformer"]))
+    except UserError as error:
+        raise UserError(f"{paths['transformer']}: {error}") from error
     vae = AutoencoderKLConfig.from_dict(read_config(paths["vae"]), str(paths["vae"]))
     editor = KontextEditor(
         transformer=FluxTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import linen as nn
 
 from cocoedit_jax.errors import UserError

@@ -162,7 +162,15 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], abstract: Mapping[str, Any
 def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes ``path`` atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, {"format": "pt", **(metadata or {})})
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # keeps scalars scalar
+    save_file(contiguous, temporary, {"format": "pt", **(metadata or {})})
+    temporary.replace(path)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Writes ``path`` atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

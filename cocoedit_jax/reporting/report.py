@@ -160,7 +160,7 @@ def _how_to(run: Path, preset: str, config: Mapping[str, Any] | None) -> list[st
         folder = f"{run.as_posix()}/lora/{saved[-1].name}"
         base = _get(config, "model.path") or "the base model's folder"
         parts.append(html.paragraph(f"The newest LoRA is lora/{saved[-1].name}; its folder peft/ holds PEFT's layout."))
-        python = ["from cocoedit_jax.models.lora import load_lora", f'adapter, config = load_lora("{folder}")']
+        python = ["from cocoedit_jax.models.lora_files import load_lora", f'adapter, config = load_lora("{folder}")']
         parts.append(html.code("\n".join(python)))
         if _get(config, "model.kind") != "quickstart":
             parts.append(html.paragraph("In diffusers:"))

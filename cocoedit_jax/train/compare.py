@@ -17,7 +17,7 @@ from cocoedit_jax.data.prepare import write_scenes
 from cocoedit_jax.data.records import read_records
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import lora
+from cocoedit_jax.models import lora, lora_files
 from cocoedit_jax.reporting.comparison import comparison_report
 from cocoedit_jax.reporting.telemetry import decode_number, progress, write_json
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after, paste_source
@@ -134,7 +134,7 @@ def _train_and_measure(config: ConfigDict, fresh: FreshScenes, run_dir: Path, me
         train(setup, run_dir, resume=(run_dir / CONFIG).is_file())
         if not (run_dir / EVALUATION).is_file():
             raise UserError(f"{run_dir}: stopped before its end; run the same command again to continue")
-    adapter, _ = lora.load_lora(run_dir / "lora" / f"step_{config.train.steps:06d}")
+    adapter, _ = lora_files.load_lora(run_dir / "lora" / f"step_{config.train.steps:06d}")
     setup = fresh.into(setup)
     base = _evaluate_base(setup, fresh.out / measured.name)
     trained = _evaluate(setup, adapter, f"fresh scenes, {preset} seed {config.seed}")

@@ -16,7 +16,7 @@ from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples
 from cocoedit_jax.data.records import fingerprint
 from cocoedit_jax.data.source import load_batch
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import lora
+from cocoedit_jax.models import lora, lora_files
 from cocoedit_jax.models.editor import Conditioning, Grid
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
@@ -233,13 +233,15 @@ class Trainer:
         return self.state.theta if self.state.ema is None else self.state.ema
 
     def save(self, metrics: dict[str, float]) -> None:
-        """Checkpoint for resuming, and the LoRA in diffusers' and PEFT's layouts."""
+        """Checkpoint for resuming, and the LoRA in diffusers' and PEFT's layouts with its model card."""
         step = int(self.state.step)
         # The data position is a function of the step; it is written down for the reader.
         base = self.config.model.path or "quickstart base"
         info = {"step": str(step), "preset": self.config.preset, "base_model": base}
+        info |= {f"reward_weight/{name}": f"{weight:g}" for name, weight in self.cfg.reward_weights.items()}
         info |= {k: f"{v:.4f}" for k, v in metrics.items() if k.startswith("reward/")}
-        lora.save_lora(self.run_dir / "lora" / f"step_{step:06d}", self.trained_adapter(), self.setup.lora, info)
+        folder = self.run_dir / "lora" / f"step_{step:06d}"
+        lora_files.save_lora(folder, self.trained_adapter(), self.setup.lora, info)
         # The checkpoint comes last: whatever is killed before it is on disk is done again.
         progress = {"banned": sorted(self.banned), "step": step, "seed": self.config.seed, "data": self.data}
         self.checkpoints.save(self.state, progress)

@@ -1,5 +1,3 @@
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,91 +101,6 @@ def test_logical_axes(boxed, adapter):
     assert out == {"lora_A": ("layers", "heads", None), "lora_B": ("layers", None, "embed")}
     names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     assert lora.logical_axes(adapter, names) == axes
-
-
-def test_files_round_trip(trained, config, tmp_path):
-    folder = tmp_path / "lora" / "step_000080"
-    lora.save_lora(folder, trained, config, {"step": "80"})
-    for path in (folder, folder / lora.DIFFUSERS_FILE, folder / "peft", folder / "peft" / lora.PEFT_FILE):
-        loaded, loaded_config = lora.load_lora(path)
-        assert loaded_config == config
-        jax.tree.map(np.testing.assert_array_equal, loaded, trained)
-    assert lora.load_lora(folder, alpha=8)[1].alpha == 8
-
-
-def test_headers(trained, config, tmp_path):
-    lora.save_lora(tmp_path, trained, config, {"step": "80"})
-    tensors, header = weights.load_safetensors(tmp_path / lora.DIFFUSERS_FILE)
-    assert (header["format"], header["step"]) == ("pt", "80")
-    assert json.loads(header["lora_adapter_metadata"]) == {
-        "transformer.r": 4,
-        "transformer.lora_alpha": 6,
-        "transformer.target_modules": list(lora.DEFAULT_TARGETS),
-    }
-    assert tensors["transformer.single_transformer_blocks.2.attn.to_k.lora_A.weight"].shape == (4, 48)
-    peft, _ = weights.load_safetensors(tmp_path / "peft" / lora.PEFT_FILE)
-    assert {k.replace("base_model.model.", "transformer.") for k in peft} == set(tensors)
-
-
-def rewrite(folder, change, header=None):
-    tensors, old_header = weights.load_safetensors(folder / lora.DIFFUSERS_FILE)
-    change(tensors)
-    weights.save_safetensors(folder / lora.DIFFUSERS_FILE, tensors, old_header | (header or {}))
-
-
-def test_unmatched_keys_are_named_together(trained, config, tmp_path):
-    lora.save_lora(tmp_path, trained, config)
-    block = "transformer.transformer_blocks.0.attn"
-
-    def change(tensors):
-        tensors["lora_unet_x.alpha"] = np.ones(1, np.float32)
-        tensors[f"{block}.to_q.lora_C.weight"] = tensors[f"{block}.to_q.lora_A.weight"]
-        del tensors[f"{block}.to_k.lora_A.weight"]
-        for half in "AB":
-            del tensors[f"{block}.to_v.lora_{half}.weight"]
-        tensors["transformer.transformer_blocks.attn.to_q.lora_A.weight"] = np.ones((2, 2), np.float32)
-
-    rewrite(tmp_path, change)
-    with pytest.raises(UserError) as error:
-        lora.load_lora(tmp_path)
-    for part in (
-        "lora_unet_x.alpha",
-        f"{block}.to_q.lora_C.weight",
-        f"{block}.to_k.lora_B.weight: its other half is missing",
-        "transformer_blocks.attn.to_v.lora_A: layers [1]; expected all from 0 on",
-        "transformer_blocks.attn.to_q.lora_A.weight: module name",
-    ):
-        assert part in str(error.value)
-
-
-def test_rank_that_differs_from_the_header(trained, config, tmp_path):
-    lora.save_lora(tmp_path, trained, config)
-    rewrite(tmp_path, lambda tensors: None, {lora.METADATA_KEY: json.dumps({"transformer.r": 8})})
-    with pytest.raises(UserError, match=r"ranks found \[4\]; expected all 8"):
-        lora.load_lora(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "field, message", [({"use_dora": True}, "use_dora"), ({"rank_pattern": {"to_q": 2}}, "rank_pattern")]
-)
-def test_other_kinds_of_lora_are_refused(trained, config, tmp_path, field, message):
-    lora.save_lora(tmp_path, trained, config)
-    path = tmp_path / "peft" / lora.PEFT_CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | field))
-    with pytest.raises(UserError, match=message):
-        lora.load_lora(tmp_path / "peft")
-
-
-def test_unreadable_configuration_and_empty_folder(trained, config, tmp_path):
-    with pytest.raises(UserError, match="no LoRA adapter there"):
-        lora.load_lora(tmp_path)
-    lora.save_lora(tmp_path, trained, config)
-    (tmp_path / "peft" / lora.PEFT_CONFIG).write_text("{")
-    with pytest.raises(UserError, match="configuration is not readable"):
-        lora.load_lora(tmp_path / "peft")
-    rewrite(tmp_path, dict.clear)
-    with pytest.raises(UserError, match="ranks found"):
-        lora.load_lora(tmp_path)
 
 
 def test_adapter_of_another_model(params, trained):

@@ -10,14 +10,15 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.packing import pack, position_ids
 from cocoedit_jax.flow.schedule import flow_match_sigmas
 from cocoedit_jax.flow.solvers import sample
-from cocoedit_jax.models import lora, weights
+from cocoedit_jax.models import lora, lora_files, weights
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
 from cocoedit_jax.models.layers import LORA
 from tests.parity.flux_cases import draw_case, relative_error
+from tests.parity.lora_cases import LATENT_CHANNELS, assert_same_adapter, build_pipeline, random_adapter
 
 # The adapter also matters in part: two of the targets must not bring the others back.
 TARGETS = {"all": lora.DEFAULT_TARGETS, "some": ("attn.to_v", "attn.to_add_out")}
-LATENT_CHANNELS, LATENT_SIDE = 4, 8
+LATENT_SIDE = 8
 
 
 @pytest.fixture(params=TARGETS)
@@ -34,55 +35,13 @@ def kontext(torch_side):
 
 @pytest.fixture
 def adapter(kontext, config):
-    fresh = lora.init_adapter(jax.random.key(0), kontext.abstract(), config)
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
+    return random_adapter(kontext, config)
 
 
 @pytest.fixture
 def folder(tmp_path, adapter, config):
-    lora.save_lora(tmp_path, adapter, config, {"step": "80"})
+    lora_files.save_lora(tmp_path, adapter, config, {"step": "80"})
     return tmp_path
-
-
-def build_pipeline(transformer):
-    """FLUX Kontext without text encoders (embeddings are passed in) and with a tiny autoencoder."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
-
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=2,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        shift_factor=0.1159,
-        scaling_factor=0.3611,
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = FluxKontextPipeline(scheduler, vae, None, None, None, None, transformer)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def assert_same_adapter(model, name, adapter, config):
-    """Every adapted module of the PyTorch ``model`` holds ours, and no module more."""
-    ours = weights.to_diffusers(adapter)
-    found = {}
-    for path, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            path = path.removeprefix("base_model.model.")
-            assert module.scaling[name] == config.scale
-            for half in ("lora_A", "lora_B"):
-                found[f"{path}.{half}.weight"] = getattr(module, half)[name].weight.detach().numpy()
-    assert found.keys() == ours.keys()
-    for key in ours:
-        np.testing.assert_array_equal(found[key], ours[key], err_msg=key)
 
 
 def test_pipeline_loads_every_key_and_edits_as_ours(kontext, adapter, config, folder):
@@ -136,14 +95,14 @@ def test_peft_loads_every_key(kontext, adapter, config, folder):
     from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    model = PeftModel.from_pretrained(kontext.reference, folder / lora.PEFT_FOLDER)
+    model = PeftModel.from_pretrained(kontext.reference, folder / lora_files.PEFT_FOLDER)
     assert_same_adapter(model, "default", adapter, config)
     variables = {"params": kontext.params(), LORA: lora.fold_scale(adapter, config)}
     assert relative_error(kontext.apply(variables), kontext.run_reference()) < 1e-4
 
     other = kontext.fresh_reference()
-    inject_adapter_in_model(LoraConfig.from_pretrained(folder / lora.PEFT_FOLDER), other)
-    tensors = load_file(folder / lora.PEFT_FOLDER / lora.PEFT_FILE)
+    inject_adapter_in_model(LoraConfig.from_pretrained(folder / lora_files.PEFT_FOLDER), other)
+    tensors = load_file(folder / lora_files.PEFT_FOLDER / lora_files.PEFT_FILE)
     result = set_peft_model_state_dict(other, {k.removeprefix("base_model.model."): v for k, v in tensors.items()})
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora" in key]
@@ -155,7 +114,7 @@ def test_our_loader_reads_what_diffusers_and_peft_write(kontext, adapter, config
     from diffusers import FluxKontextPipeline
     from peft import PeftModel, get_peft_model_state_dict
 
-    model = PeftModel.from_pretrained(kontext.reference, folder / lora.PEFT_FOLDER)
+    model = PeftModel.from_pretrained(kontext.reference, folder / lora_files.PEFT_FOLDER)
     model.save_pretrained(tmp_path / "theirs_peft")
     state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(model).items()}
     fields = {"r": config.rank, "lora_alpha": config.alpha, "target_modules": list(config.targets)}
@@ -167,17 +126,17 @@ def test_our_loader_reads_what_diffusers_and_peft_write(kontext, adapter, config
         )
     for path, alpha in (
         (folder, config.alpha),
-        (folder / lora.PEFT_FOLDER, config.alpha),
+        (folder / lora_files.PEFT_FOLDER, config.alpha),
         (tmp_path / "theirs_peft", config.alpha),
         (tmp_path / "with_alpha", config.alpha),
         (tmp_path / "without_alpha", config.rank),
     ):
-        loaded, loaded_config = lora.load_lora(path)
+        loaded, loaded_config = lora_files.load_lora(path)
         assert (loaded_config.rank, loaded_config.alpha) == (config.rank, alpha)
         jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
         again = lora.init_adapter(jax.random.key(0), kontext.abstract(), loaded_config)
         assert jax.tree.structure(again) == jax.tree.structure(adapter)
-    assert lora.load_lora(tmp_path / "without_alpha", alpha=7.5)[1].alpha == 7.5
+    assert lora_files.load_lora(tmp_path / "without_alpha", alpha=7.5)[1].alpha == 7.5
     with pytest.raises(UserError, match="does not fit|no such linear layer"):
         lora.check_fits(adapter, draw_case(3, num_layers=1, num_single_layers=1).abstract(), "adapter")
 

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import lora
+from cocoedit_jax.models.lora_files import load_lora
 from cocoedit_jax.models.weights import load_safetensors
 from cocoedit_jax.reporting.telemetry import read_metrics
 from cocoedit_jax.rewards import judge as judges
@@ -37,10 +37,10 @@ def test_a_run_leaves_everything(config, tmp_path):
         assert key in metrics[-1], key
     lora_files = ("pytorch_lora_weights.safetensors", "peft/adapter_config.json", "peft/adapter_model.safetensors")
     for name in ("config.json", "report.html", "checkpoints/2", "samples/held_out_000002.png",
-                 *(f"lora/step_000002/{name}" for name in lora_files)):  # fmt: skip
+                 *(f"lora/step_000002/{name}" for name in ("README.md", *lora_files))):  # fmt: skip
         assert (run / name).exists(), name
     assert list((run / "tensorboard").iterdir())
-    adapter, cfg = lora.load_lora(run / "lora/step_000002")
+    adapter, cfg = load_lora(run / "lora/step_000002")
     assert cfg.rank == 2 and all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapter))
     with pytest.raises(UserError, match="holds a run already"):
         train(build(config), run)

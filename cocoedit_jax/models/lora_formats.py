@@ -1,0 +1,162 @@
+"""Layouts of LoRA files for FLUX: tensors by key <-> LoRA by layer.
+
+| format | keys | read by |
+|---|---|---|
+| ``diffusers`` | diffusers' names; alpha in the file's header | diffusers; others take alpha = rank |
+| ``diffusers-baked`` | the same, B times alpha / r, nothing recorded | diffusers, ComfyUI |
+| ``peft`` | diffusers' names; alpha in ``adapter_config.json`` | PEFT |
+| ``kohya`` | ``lora_unet_`` names of the original layout, an alpha per layer | kohya, ComfyUI, diffusers |
+| ``comfyui`` | the same under ``diffusion_model.``, with dots | ComfyUI, diffusers |
+
+Reading goes by content: the prefix of the keys says which format it is; names may be diffusers' or the original's, and
+halves may be called A and B or down and up, under any prefix.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models import lora_bfl, weights
+from cocoedit_jax.models.lora_bfl import LowRank
+
+DTYPES = ("float32", "bfloat16", "float16")
+PREFIX = {
+    "diffusers": "transformer.",
+    "diffusers-baked": "transformer.",
+    "peft": "base_model.model.",
+    "kohya": "lora_unet_",
+    "comfyui": "diffusion_model.",
+}
+FORMATS = tuple(PREFIX)
+_FUSED = ("kohya", "comfyui")
+# Prefixes met in files, the more specific first. OneTrainer writes lora_transformer_; a transformer's own
+# save_lora_adapter writes none.
+_READ = {
+    "transformer.": "diffusers",
+    "base_model.model.": "peft",
+    "lora_unet_": "kohya",
+    "lora_transformer_": "kohya",
+    "diffusion_model.": "comfyui",
+    "": "diffusers",
+}
+_BARE = re.compile(r"(double_|single_)?(transformer_)?blocks\.\d+\.")  # a key without prefix
+_KEY = re.compile(r"(.+)\.(?:(?:(lora_A|lora_down)|(lora_B|lora_up))\.weight|(alpha))")
+
+
+def plain(number: float) -> float | int:
+    """The number as JSON's readers expect it: without a decimal point if it is whole."""
+    return int(number) if number == int(number) else number
+
+
+def detect(source: str, keys: Iterable[str], format: str | None) -> tuple[str, str]:
+    """Format and prefix of most of ``keys``. Raises UserError, naming ``source``, when there is none."""
+    if format is not None and format not in FORMATS:
+        raise UserError(f"format={format!r}; expected one of {', '.join(FORMATS)}")
+    wanted = None if format is None else format.removesuffix("-baked")
+    prefixes = [prefix for prefix, name in _READ.items() if wanted in (None, name)]
+    counts = Counter(
+        next((p for p in prefixes if (key.startswith(p) if p else _BARE.match(key))), None) for key in keys
+    )
+    counts.pop(None, None)
+    if not counts:
+        first = ", ".join(sorted(keys)[:3]) or "no tensors"
+        raise UserError(f"{source}: no LoRA of FLUX in {format or 'any known'} format; it holds {first}")
+    prefix = counts.most_common(1)[0][0]
+    assert prefix is not None
+    return _READ[prefix], prefix
+
+
+def _pairs(tensors: Mapping[str, np.ndarray], prefix: str, problems: list[str]) -> dict[str, LowRank]:
+    """{layer's name in the file: its LoRA}; alpha is NaN where the file has none."""
+    halves: dict[str, dict[str, tuple[str, np.ndarray]]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        half = match and ("a" if match[2] else "b" if match[3] else "alpha")
+        fits = tensor.size == 1 if half == "alpha" else tensor.ndim == 2
+        if match is None or half is None or not key.startswith(prefix) or not fits:
+            problems.append(
+                f"{key} {tensor.shape}: expected {prefix}LAYER.lora_A.weight and .lora_B.weight (or .lora_down, "
+                ".lora_up) with two axes, or .alpha with one number"
+            )
+        elif not np.isfinite(tensor.astype(np.float32)).all():
+            problems.append(f"{key}: not finite")
+        else:
+            halves.setdefault(match[1].removeprefix(prefix), {})[half] = key, tensor.astype(np.float32)
+    pairs = {}
+    for name, found in halves.items():
+        a, b, alpha = found.get("a"), found.get("b"), found.get("alpha")
+        if a is None or b is None:
+            problems += [f"{key}: its other half is missing" for key, _ in found.values()]
+        elif a[1].shape[0] != b[1].shape[1]:
+            problems.append(f"{a[0]}, {b[0]}: ranks {a[1].shape[0]} and {b[1].shape[1]}; expected the same")
+        else:
+            pairs[name] = LowRank(a[1], b[1], float(alpha[1].item()) if alpha else np.nan)
+    return pairs
+
+
+def decode(tensors: Mapping[str, np.ndarray], prefix: str, problems: list[str]) -> dict[str, LowRank]:
+    """{diffusers name: LoRA} of a file's tensors, fused projections taken apart; appends to ``problems`` what is not.
+
+    Alpha is NaN where the tensors do not tell it.
+    """
+    layers: dict[str, LowRank] = {}
+    for name, pair in _pairs(tensors, prefix, problems).items():
+        try:
+            if lora_bfl.layers_of(name):
+                parts = lora_bfl.split(name, pair)
+            elif prefix.endswith("_"):
+                raise ValueError("FLUX has no such layer")
+            else:  # a model that is not FLUX may have it
+                weights.module_path(name)
+                parts = {name: pair}
+        except ValueError as error:
+            problems.append(f"{prefix}{name}: {error}")
+            continue
+        problems += [f"{prefix}{name}: holds {p}, and another key does too" for p in parts.keys() & layers.keys()]
+        layers |= parts
+    return layers
+
+
+def unify(layers: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], bool]:
+    """The same effects with one rank and one alpha, and whether anything had to change for it.
+
+    Smaller ranks are padded with zeros; differing scales move into B.
+    """
+    rank = max(x.rank for x in layers.values())
+    scales = [x.scale for x in layers.values()]
+    # Alphas come from float32 tensors, and fused ones are divided.
+    same_scale = np.ptp(scales) <= 1e-6 * np.abs(scales).max()
+    alpha = plain(float(f"{scales[0] * rank:.7g}")) if same_scale else rank
+    unified = {}
+    for name, x in layers.items():
+        b = x.b if same_scale else x.b * np.float32(x.scale)
+        pad = rank - x.rank
+        unified[name] = LowRank(np.pad(x.a, ((0, pad), (0, 0))), np.pad(b, ((0, 0), (0, pad))), alpha)
+    return unified, not same_scale or any(x.rank != rank for x in layers.values())
+
+
+def encode(layers: Mapping[str, LowRank], format: str, dtype: str) -> dict[str, np.ndarray]:
+    """Tensors of ``layers``, which have one rank and alpha, in ``format``.
+
+    Raises:
+        UserError: numbers beyond ``dtype``'s range, or layers that the format has no name for.
+    """
+    prefix, fused = PREFIX[format], format in _FUSED
+    halves = ("lora_down.weight", "lora_up.weight") if fused else ("lora_A.weight", "lora_B.weight")
+    tensors: dict[str, np.ndarray] = {}
+    for name, x in (lora_bfl.fuse(layers) if fused else layers).items():
+        stem = prefix + (name.replace(".", "_") if format == "kohya" else name)
+        b = x.b * np.float32(x.scale) if format == "diffusers-baked" else x.b
+        with np.errstate(over="ignore"):  # looked at below
+            tensors |= {
+                f"{stem}.{h}": np.asarray(f).astype(jnp.dtype(dtype)) for h, f in zip(halves, (x.a, b), strict=True)
+            }
+        if fused:
+            tensors[f"{stem}.alpha"] = np.asarray(x.alpha, np.float32)
+    infinite = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
+    weights.refuse(f"{format} in {dtype}", [f"{name}: not finite" for name in infinite])
+    return tensors

@@ -1,0 +1,53 @@
+"""Converts a LoRA of FLUX: ``python -m launch.convert_lora --from=PATH --to=PATH --format=comfyui [--alpha=64]``."""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+from absl import app, flags
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models import lora_files
+from cocoedit_jax.models.lora_formats import DTYPES, FORMATS
+
+_FROM = flags.DEFINE_string("from", None, "LoRA file, or folder in diffusers' or PEFT's layout.", required=True)
+_TO = flags.DEFINE_string(
+    "to", None, "File to write (NAME.safetensors), or folder; peft needs a folder.", required=True
+)
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format to write.", required=True)
+_ALPHA = flags.DEFINE_float("alpha", None, "Alpha of the LoRA, instead of what its file says (or leaves out).")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "Type of the tensors to write.")
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace files that exist.")
+
+
+def describe(found: lora_files.LoraFile) -> str:
+    """What ``found`` is, and how often it adapts each kind of layer."""
+    cfg = found.config
+    kinds = Counter(re.sub(r"^(\w*blocks)\.\d+\.", r"\1.*.", name) for name in found.layers)
+    lines = [
+        f"{found.path}: {found.format}, {len(found.layers)} layers, rank {cfg.rank}, alpha {cfg.alpha:g} "
+        f"(scale {cfg.scale:g}), {found.size:,} parameters, {found.dtype}"
+    ]
+    return "\n".join(lines + [f"  {name} x {count}" for name, count in kinds.items()])
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
+    try:
+        found = lora_files.read_lora(Path(_FROM.value), alpha=_ALPHA.value)
+        print(describe(found))
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+        file = lora_files.write_lora(
+            Path(_TO.value), found.layers, found.config, _FORMAT.value,
+            dtype=_DTYPE.value, info=found.header, overwrite=_OVERWRITE.value,
+        )  # fmt: skip
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {file}: {_FORMAT.value}, {_DTYPE.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

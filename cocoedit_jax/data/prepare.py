@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cocoedit_jax.data.images import Framing
-from cocoedit_jax.data.records import METADATA, read_records
+from cocoedit_jax.data.records import METADATA, TEXT_CACHE, read_records
 from cocoedit_jax.data.scenes import OPERATIONS, render_batch, sample_specs
 from cocoedit_jax.errors import UserError
 
@@ -99,6 +99,8 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     entries = sorted(entry.name for entry in out.iterdir())
+    if TEXT_CACHE in entries:
+        raise UserError(f"{out}: will not be replaced: its {TEXT_CACHE}/ is costly to make; move or delete that first")
     foreign = [name for name in entries if name not in _OWN_ENTRIES]
     if entries and not overwrite:
         raise UserError(f"{out}: the folder is not empty; give another name, or --overwrite to replace it")

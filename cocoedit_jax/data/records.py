@@ -22,6 +22,7 @@ from cocoedit_jax.data.images import DataFault, Framing, load_pair, nearest_buck
 from cocoedit_jax.errors import UserError
 
 METADATA = "metadata.jsonl"
+TEXT_CACHE = "text_cache"  # folder beside it, see text_cache.py
 _KNOWN_FIELDS = ("id", "prompt", "image", "mask", "edit_type")
 
 
@@ -59,16 +60,34 @@ class RecordSet:
 
     def summary(self, limit: int = 20) -> str:
         """Counts by kind, then up to `limit` faults with their line numbers."""
-        lines = len({fault.line for fault in self.faults})
-        total = len(self.records) + lines
-        if not self.faults:
-            return f"{self.root / METADATA}: all {total} records are usable"
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(f.kind for f in self.faults).most_common())
-        text = [f"{self.root / METADATA}: {lines} of {total} records cannot be used: {kinds}"]
-        text += [f"  line {fault.line}: {fault.kind}: {fault.message}" for fault in self.faults[:limit]]
-        if len(self.faults) > limit:
-            text.append(f"  ... and {len(self.faults) - limit} more")
-        return "\n".join(text)
+        return summarize(self.root, len(self.records), self.faults, limit)
+
+
+def summarize(root: Path, usable: int, faults: Sequence[Fault], limit: int = 20) -> str:
+    """What is said of the records of `root`: counts by kind, then up to `limit` faults with their line numbers."""
+    lines = len({fault.line for fault in faults})
+    total = usable + lines
+    if not faults:
+        return f"{root / METADATA}: all {total} records are usable"
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(f.kind for f in faults).most_common())
+    text = [f"{root / METADATA}: {lines} of {total} records cannot be used: {kinds}"]
+    text += [f"  line {fault.line}: {fault.kind}: {fault.message}" for fault in faults[:limit]]
+    if len(faults) > limit:
+        text.append(f"  ... and {len(faults) - limit} more")
+    return "\n".join(text)
+
+
+def read_metadata(root: Path | str) -> tuple[list[Record], list[Fault]]:
+    """Records and faults of DIR/metadata.jsonl alone, in file order; images and masks are not opened.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    root = Path(root)
+    path = root / METADATA
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a data folder holds {METADATA} and the images and masks it names")
+    return _parse(root, path)
 
 
 def read_records(
@@ -89,10 +108,7 @@ def read_records(
     nearest other bucket. `progress(done, total)` is called as records are checked.
     """
     root = Path(root)
-    path = root / METADATA
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; a data folder holds {METADATA} and the images and masks it names")
-    candidates, faults = _parse(root, path)
+    candidates, faults = read_metadata(root)
     usable: list[Record] = []
 
     with warnings.catch_warnings(), ThreadPoolExecutor(max(1, num_threads)) as pool:
@@ -118,7 +134,7 @@ def read_records(
     if faults and (strict or not usable):
         raise UserError(found.summary(limit))
     if not usable:
-        raise UserError(f"{path}: empty file, expected one JSON object per line")
+        raise UserError(f"{root / METADATA}: empty file, expected one JSON object per line")
     return found
 
 
@@ -193,6 +209,8 @@ def _parse_line(root: Path, resolved: Path, text: str, number: int) -> Record:
     for name in ("prompt", "image", "mask"):
         if not isinstance(data[name], str) or not data[name].strip():
             raise DataFault("wrong type", f"field {name!r} is {data[name]!r}, expected a non-empty string")
+        if any("\ud800" <= letter <= "\udfff" for letter in data[name]):  # half a pair: JSON may hold it, UTF-8 cannot
+            raise DataFault("wrong type", f"field {name!r} is {ascii(data[name])}, expected Unicode text")
     identity = data.get("id")
     if isinstance(identity, bool) or not isinstance(identity, str | int | None) or identity == "":
         raise DataFault("wrong type", f"field 'id' is {identity!r}, expected a string or a whole number")

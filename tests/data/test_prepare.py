@@ -59,6 +59,10 @@ def test_existing_folders(tmp_path):
     prepare.write_scenes(out, 2, overwrite=True)
     assert len((out / "metadata.jsonl").read_text().splitlines()) == len(list((out / "masks").iterdir())) == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["data"]
+    (out / "text_cache").mkdir()
+    with pytest.raises(UserError, match="its text_cache/ is costly to make; move or delete that first"):
+        prepare.write_scenes(out, 2, overwrite=True)
+    assert len(read_records(out, Framing(48)).records) == 2
 
 
 @pytest.mark.parametrize("entries", [["thesis.txt"], ["metadata.jsonl", "thesis.txt"], ["images"]])
@@ -100,3 +104,21 @@ def test_command(tmp_path):
         file.write("{}\n")
     checked = command(f"--check={out}")
     assert checked.returncode == 1 and "line 4: missing field: prompt, image, mask" in checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--encode=flux", "--out=x"], "--encode needs --model=MODEL_DIR"),
+        (["--encode=flux", "--model=m"], "give exactly one of --out=DIR"),
+        (
+            ["--encode=flux", "--model=m", "--out=x", "--num=3", "--crop=buckets"],
+            "--num, --crop: not used with --encode",
+        ),
+        (["--check=x", "--model=m"], "--model: not used with --check"),
+        (["--out=x", "--max_length=512", "--dtype=auto"], "--max_length, --dtype: not used with making data"),
+    ],
+)
+def test_usage(arguments, message):
+    refused = command(*arguments)
+    assert refused.returncode == 1 and message in refused.stderr and "Traceback" not in refused.stderr

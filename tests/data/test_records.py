@@ -109,6 +109,7 @@ FAULTS = [
     ({"prompt": "p", "image": "ok.png"}, "missing field", "mask"),
     (row(prompt=3), "wrong type", "'prompt' is 3"),
     (row(prompt=" "), "wrong type", "'prompt' is ' '"),
+    (row(prompt="\ud800"), "wrong type", "expected Unicode text"),
     (row(mask=None), "wrong type", "'mask' is None"),
     (row(id=1.5), "wrong type", "'id' is 1.5"),
     (row(id=True), "wrong type", "'id' is True"),

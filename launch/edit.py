@@ -71,15 +71,15 @@ def main(argv: list[str]) -> None:
         from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
         from cocoedit_jax.inference.load import load_for_editing
         from cocoedit_jax.reporting.telemetry import progress
+        from torch_bridge.flux_text import encode_prompts
 
         source = _SOURCE.value or ("preferred" if size is None else "target")
         options = EditOptions(_STEPS.value, _SOLVER.value, size, source, _BATCH_SIZE.value)
         editor, params, adapter = load_for_editing(
-            _MODEL.value,
-            [request.prompt for request in requests],
+            _MODEL.value or "",
+            lambda folder: encode_prompts(folder, [request.prompt for request in requests], _TEXT_TOKENS.value),
             lora_path=_LORA.value,
             lora_scale=_LORA_SCALE.value,
-            text_tokens=_TEXT_TOKENS.value,
             dtype=_DTYPE.value,
             guidance=_GUIDANCE.value,
             vae_tile=_VAE_TILE.value or None,

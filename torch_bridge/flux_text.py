@@ -15,6 +15,8 @@ from cocoedit_jax.data.text_cache import DTYPES, cache_folder
 from cocoedit_jax.data.text_cache_writer import Embeddings, TextCacheWriter, fill
 from cocoedit_jax.data.text_identity import encoder_files, text_identity
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.text import PrecomputedText
+from cocoedit_jax.reporting.telemetry import progress
 from torch_bridge import require_torch
 
 T5_TOKENS = 512  # the most that diffusers' pipeline accepts
@@ -116,6 +118,19 @@ class FluxTextEncoder:
                     f"the longest has {counts[longest, column]}: {prompts[longest]!r}"
                 )
         return lines
+
+
+def encode_prompts(model_dir: Path | str, prompts: Sequence[str], max_length: int) -> PrecomputedText:
+    """The embeddings of `prompts`, each encoded once, for an editor. Prompts that are cut are reported."""
+    encoder = FluxTextEncoder(model_dir, max_length)
+    distinct = list(dict.fromkeys(prompts))
+    for line in encoder.describe_cuts(distinct):
+        print(line, file=sys.stderr)
+    table = {}
+    for prompt in progress(distinct, "encode text", "prompt"):
+        text, pooled = encoder([prompt])
+        table[prompt] = {"text": text[0], "pooled": pooled[0]}
+    return PrecomputedText.of(table)
 
 
 def encode_folder(

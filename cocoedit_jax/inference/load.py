@@ -1,8 +1,7 @@
 """A model, a LoRA and the embeddings of the instructions, ready to edit."""
 
 import dataclasses
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,16 @@ from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.lora_files import load_lora
 from cocoedit_jax.models.text import PrecomputedText
-from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.sharding.mesh import make_mesh, replicated
 from cocoedit_jax.sharding.rules import parameter_shardings
 
 
 def load_for_editing(
     model: str,
-    prompts: Sequence[str],
+    encode: Callable[[Path], PrecomputedText],
     *,
     lora_path: str | None = None,
     lora_scale: float = 1.0,
-    text_tokens: int = 512,
     dtype: str = "bfloat16",
     guidance: float = 2.5,
     vae_tile: int | None = None,
@@ -36,11 +33,18 @@ def load_for_editing(
 ) -> tuple[KontextEditor, Any, Any]:
     """The editor, its parameters over all devices, and the folded adapter (None without ``lora_path``).
 
-    What can be refused is refused before the weights are read; ``prompts`` are encoded by PyTorch, which is let go
-    before the transformer is loaded.
+    What can be refused is refused before the weights are read.
+
+    Args:
+        model: folder, or repository in the Hugging Face cache.
+        encode: from the model's folder to the embeddings of all instructions; called before the transformer is loaded,
+            so that the encoders need not be in memory beside it.
+        lora_path: file or folder in any format that ``lora_files`` reads.
+        lora_scale: strength of the LoRA; 1: as trained.
+        size: (height, width) of the edits, to be checked.
 
     Raises:
-        UserError: a model, LoRA or size that cannot be used, or PyTorch is missing.
+        UserError: a model, LoRA or size that cannot be used.
     """
     folder = resolve_model(model)
     nothing = PrecomputedText.of({})
@@ -51,7 +55,7 @@ def load_for_editing(
         except ValueError as error:
             raise UserError(f"--size={size[1]}x{size[0]}: {error}") from error
     adapter = None if lora_path is None else _load_adapter(Path(lora_path), lora_scale, editor)
-    editor = dataclasses.replace(editor, text=_encode(folder, text_tokens, prompts))
+    editor = dataclasses.replace(editor, text=encode(folder))
     mesh = make_mesh({"fsdp": -1})
     params = load_params(editor, folder, parameter_shardings(editor.abstract(), mesh))
     return editor, params, None if adapter is None else jax.device_put(adapter, replicated(mesh))
@@ -61,17 +65,3 @@ def _load_adapter(path: Path, strength: float, editor: KontextEditor) -> Any:
     adapter, config = load_lora(path)
     lora.check_fits(adapter, nn.unbox(editor.abstract()["transformer"]), str(path))
     return lora.fold_scale(adapter, dataclasses.replace(config, alpha=config.alpha * strength))
-
-
-def _encode(folder: Path, text_tokens: int, prompts: Sequence[str]) -> PrecomputedText:
-    from torch_bridge.flux_text import FluxTextEncoder
-
-    encoder = FluxTextEncoder(folder, text_tokens)
-    distinct = list(dict.fromkeys(prompts))
-    for line in encoder.describe_cuts(distinct):
-        print(line, file=sys.stderr)
-    table = {}
-    for prompt in progress(distinct, "encode text", "prompt"):
-        text, pooled = encoder([prompt])
-        table[prompt] = {"text": text[0], "pooled": pooled[0]}
-    return PrecomputedText.of(table)

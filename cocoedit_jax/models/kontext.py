@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models import orbax_weights
 from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
 from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
 from cocoedit_jax.models.text import TextSide
-from cocoedit_jax.models.weights_folder import load_component
 
 # (height, width) in pixels, about one megapixel each, that FLUX.1 Kontext was trained on (model card).
 PREFERRED_SIZES = tuple(
@@ -58,7 +58,10 @@ def read_schedule(folder: Path) -> tuple[tuple[str, Any], ...]:
         UserError: the file is missing, or asks for a schedule other than the dynamically shifted one.
     """
     path = folder / "scheduler" / "scheduler_config.json"
-    config = read_config(path)
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}); expected the scheduler's configuration, as JSON") from error
     wanted = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "invert_sigmas": False}
     wanted |= {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
     problems = [
@@ -71,19 +74,6 @@ def read_schedule(folder: Path) -> tuple[tuple[str, Any], ...]:
     if problems:
         raise UserError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
     return tuple((ours, config[theirs]) for theirs, ours in _SCHEDULE.items() if config.get(theirs) is not None)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``. Raises UserError when it is missing or something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected a model folder in diffusers' layout") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON {type(value).__name__}; expected an object")
-    return value
 
 
 def build_kontext(
@@ -112,12 +102,12 @@ def build_kontext(
     Raises:
         UserError: a configuration file is missing or asks for something that is not implemented.
     """
-    paths = {name: folder / name / "config.json" for name in ("transformer", "vae")}
+    paths = {name: folder / name for name in ("transformer", "vae")}
     try:
-        shape = FluxConfig.from_diffusers(read_config(paths["transformer"]))
+        shape = FluxConfig.from_diffusers(orbax_weights.read_config(paths["transformer"]))
     except UserError as error:
         raise UserError(f"{paths['transformer']}: {error}") from error
-    vae = AutoencoderKLConfig.from_dict(read_config(paths["vae"]), str(paths["vae"]))
+    vae = AutoencoderKLConfig.from_dict(orbax_weights.read_config(paths["vae"]), str(paths["vae"]))
     editor = KontextEditor(
         transformer=FluxTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
         autoencoder=AutoencoderKL(
@@ -145,7 +135,7 @@ def load_params(editor: KontextEditor, folder: Path, shardings: Any) -> Any:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(editor.abstract()), shardings
     )
     return {
-        "transformer": load_component(folder / "transformer", abstract["transformer"]),
-        "autoencoder": load_component(folder / "vae", abstract["autoencoder"]),
+        "transformer": orbax_weights.load_params(folder / "transformer", abstract["transformer"]),
+        "autoencoder": orbax_weights.load_params(folder / "vae", abstract["autoencoder"]),
         "text": {},
     }

@@ -105,5 +105,7 @@ def test_damaged_checkpoint(tmp_path):
     save_orbax(tmp_path, jax.device_put({"a": {"kernel": np.ones((64, 64), np.float32)}}), {})
     largest = max((p for p in (tmp_path / "arrays").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    with pytest.raises(UserError, match="arrays: cannot be restored .*(OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION|range|truncat)"):
+    with pytest.raises(
+        UserError, match="arrays: cannot be restored .*(OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION|range|truncat)"
+    ):
         load_orbax(tmp_path, {"a": {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)}})

@@ -1,9 +1,10 @@
-"""FLUX.1 Kontext as a user runs it, on a tiny random model in the real file layout: text cache, training, LoRA, edit."""
+"""FLUX.1 Kontext as a user runs it, on a tiny random model in the real file layout: cache, training, LoRA, edit."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,10 +101,11 @@ def test_one_step_resume_and_export(model, data, tmp_path):
         subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, timeout=300)
         tokens = (SIZE // 16) ** 2
         noise = np.array(jax.random.normal(jax.random.key(5), (tokens, 64)))[None]
-        theirs = pipe(
+        result: Any = pipe(
             image=source, prompt="make it red", height=SIZE, width=SIZE, max_area=SIZE**2, _auto_resize=False,
             num_inference_steps=3, guidance_scale=2.5, latents=torch.from_numpy(noise), max_sequence_length=TOKENS,
-        ).images[0]  # fmt: skip
+        )  # fmt: skip
+        theirs = result.images[0]
         ours = np.asarray(Image.open(tmp_path / f"{name}.png"), np.int32)
         assert np.abs(ours - np.asarray(theirs, np.int32)).max() <= 1  # of 255: a rounding apart
         edits[name] = ours

@@ -27,7 +27,7 @@ def test_a_tiny_step_needs_its_parameters_state_and_batch():
     editor = build_editor(tiny_quickstart())
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     cfg, lora_cfg = preset("edit-r1"), lora.LoraConfig(2, 4)
-    shape = StepShape(SIZE, SIZE, text_tokens=editor.text.tokenizer.max_length, samples=8, micro_batch=4)
+    shape = StepShape(SIZE, SIZE, text_tokens=tiny_quickstart().max_words, samples=8, micro_batch=4)
     planned = memory(lower_step(editor, cfg, lora_cfg, shape, mesh).compile())
     params = abstract_params(editor, mesh)
     state = abstract_state(params, cfg, lora_cfg, mesh)

@@ -49,7 +49,7 @@ def random_batch(token_r: bool, seed: int = 0) -> StepBatch:
         x0=normal(tokens, 48),
         conditioning=Conditioning(
             source=normal(tokens, 48),
-            text=normal(EDITOR.text.tokenizer.max_length, shape.joint_attention_dim),
+            text=normal(tiny_quickstart().max_words, shape.joint_attention_dim),
             pooled=normal(shape.pooled_projection_dim),
             guidance=np.ones((NUM_MICRO, MICRO), np.float32),
         ),

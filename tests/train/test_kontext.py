@@ -106,7 +106,8 @@ def test_one_step_resume_and_export(model, data, tmp_path):
             num_inference_steps=3, guidance_scale=2.5, latents=torch.from_numpy(noise), max_sequence_length=TOKENS,
         )  # fmt: skip
         theirs = result.images[0]
-        ours = np.asarray(Image.open(tmp_path / f"{name}.png"), np.int32)
+        with Image.open(tmp_path / f"{name}.png") as file:
+            ours = np.asarray(file, np.int32)
         assert np.abs(ours - np.asarray(theirs, np.int32)).max() <= 1  # of 255: a rounding apart
         edits[name] = ours
     assert np.abs(edits["base"] - edits["trained"]).max() > 3

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.attention import attention
-from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig, refuse
+from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig, is_count, refuse
 from cocoedit_jax.models.layers import Linear, partitioned
 from cocoedit_jax.models.tiling import OVERLAP_DIVISOR, tiled_decode
 
@@ -221,7 +221,8 @@ class AutoencoderKL:
         dtype: of parameters and activations. Results are float32 in any case.
         slice_size: most images that a device works on at once; activations take gigabytes per image of 1024 px.
         shards: number of devices among which callers split the batch. Each then goes through its own images; a loop
-            over a split axis would make every device compute all of them.
+            over a split axis would make every device compute all of them. A batch that it does not divide cannot be
+            split evenly, and is taken as whole.
         tile_size: side in pixels of the tiles that larger pictures are decoded in, or None to decode exactly.
         attention_backend: as in ``models.attention``.
 
@@ -238,13 +239,13 @@ class AutoencoderKL:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}={getattr(self, name)}; expected a whole number, at least 1"
-            for name in ("slice_size", "shards")
-            if getattr(self, name) < 1
+            f"{name}={value!r}; expected a whole number, at least 1"
+            for name, value in (("slice_size", self.slice_size), ("shards", self.shards))
+            if not is_count(value)
         ]
         unit = self.factor * OVERLAP_DIVISOR
-        if self.tile_size is not None and (self.tile_size < unit or self.tile_size % unit):
-            problems.append(f"tile_size={self.tile_size}; expected a multiple of {unit} px, or None")
+        if self.tile_size is not None and not (is_count(self.tile_size) and self.tile_size % unit == 0):
+            problems.append(f"tile_size={self.tile_size!r}; expected a multiple of {unit} px, or None")
         refuse("AutoencoderKL", problems)
 
     @property
@@ -331,7 +332,7 @@ class AutoencoderKL:
         shards = self.shards if batch % self.shards == 0 else 1
         local = batch // shards
         # Equal slices: a remainder would be compiled as a second network.
-        size = next(n for n in range(min(self.slice_size, local), 0, -1) if local % n == 0)
+        size = next((n for n in range(min(self.slice_size, local), 0, -1) if local % n == 0), local)
         if size == local:
             return function(x)
         x = x.reshape(shards, -1, size, *x.shape[1:]).swapaxes(0, 1)

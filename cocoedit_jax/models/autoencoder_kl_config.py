@@ -66,7 +66,7 @@ class AutoencoderKLConfig:
         """From the contents of diffusers' ``vae/config.json``; ``source`` names the file in errors.
 
         Raises:
-            UserError: naming every key whose value, or every key that, is not implemented.
+            UserError: naming every unknown key and every value that is not implemented.
         """
         given = {k: v for k, v in raw.items() if not k.startswith("_") and k not in _IGNORED}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in DIFFUSERS_DEFAULTS}
@@ -85,6 +85,11 @@ def refuse(source: str, problems: list[str]) -> None:
         raise UserError(f"{source}: {len(problems)} value(s) cannot be used:\n  " + "\n  ".join(problems))
 
 
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number, at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def _problems(values: Mapping[str, Any]) -> list[str]:
     """What is wrong with the fields of a configuration, one line each."""
     out = []
@@ -93,14 +98,11 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         if not ok:
             out.append(f"{name}={values[name]!r}; expected {expected}")
 
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
     def number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
     for name in ("layers_per_block", "latent_channels", "norm_num_groups"):
-        check(name, whole(values[name]), "a whole number, at least 1")
+        check(name, is_count(values[name]), "a whole number, at least 1")
     for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
         check(name, isinstance(values[name], bool), "true or false")
     for name in ("in_channels", "out_channels"):
@@ -111,10 +113,10 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     check("scaling_factor", number(values["scaling_factor"]) and values["scaling_factor"] != 0, "a number but 0")
     check("shift_factor", values["shift_factor"] is None or number(values["shift_factor"]), "a number or null")
     channels, groups = values["block_out_channels"], values["norm_num_groups"]
-    if not (isinstance(channels, tuple) and channels and all(whole(c) for c in channels)):
-        check("block_out_channels", False, "a list of whole numbers, at least 1")
+    if not (isinstance(channels, tuple) and channels and all(is_count(c) for c in channels)):
+        check("block_out_channels", False, "a tuple (in JSON a list) of whole numbers, at least 1")
         return out
-    if whole(groups):
+    if is_count(groups):
         check("block_out_channels", all(c % groups == 0 for c in channels), f"multiples of norm_num_groups={groups}")
     for name, block in (("down_block_types", DOWN_BLOCK), ("up_block_types", UP_BLOCK)):
         check(name, values[name] == (block,) * len(channels), f"{len(channels)} times {block!r}, one per block")

@@ -11,6 +11,8 @@ from cocoedit_jax.models import weights
 from cocoedit_jax.models.autoencoder import Autoencoder
 from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
+from cocoedit_jax.models.flux import FluxConfig
+from cocoedit_jax.models.quickstart import QuickstartConfig, build_editor
 from cocoedit_jax.sharding.mesh import DATA, batch_sharding, make_mesh, replicated
 from cocoedit_jax.sharding.rules import parameter_shardings
 
@@ -142,6 +144,21 @@ def test_batch_that_the_shards_do_not_divide(params):
     np.testing.assert_allclose(out, jax.jit(AutoencoderKL(CONFIG).decode)(params, latents), rtol=1e-5, atol=1e-6)
 
 
+def test_the_editor_takes_it(params):
+    """Images of 8 x 12 px are 4 x 6 latent cells, 2 x 3 tokens of 2 x 2 cells."""
+    shape = FluxConfig(12, 1, 0, 6, 2, 5, 4, False, (2, 2, 2))
+    autoencoder = AutoencoderKL(CONFIG)
+    quickstart = build_editor(QuickstartConfig(shape, ("red",), 2, patch=2, image_size=8))
+    editor = dataclasses.replace(quickstart, autoencoder=autoencoder)
+    variables = nn.unbox(jax.jit(editor.init)(jax.random.key(0))) | {"autoencoder": params}
+    images, grid = draw_images(2, 8, 12), editor.grid(8, 12)
+    conditioning = jax.jit(editor.encode)(variables, images, editor.tokenize(["red", "red red"]))
+    assert conditioning.source.shape == (2, 6, 12)
+    decoded = jax.jit(lambda v, x: editor.decode(v, x, grid))(variables, conditioning.source)
+    expected = jax.jit(lambda p, x: autoencoder.decode(p, autoencoder.encode(p, x)))(params, images)
+    np.testing.assert_allclose(decoded, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_image_size_is_checked(params):
     with pytest.raises(UserError, match="image size 6x5 px.*multiples of 2"):
         AutoencoderKL(CONFIG).encode(params, draw_images(1, 6, 5))
@@ -157,8 +174,8 @@ def test_published_config():
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, "down_block_types=.*4 times 'DownEncoderBlock2D'"),
         ({"up_block_types": ["UpDecoderBlock2D"] * 3}, "up_block_types=.*4 times 'UpDecoderBlock2D'"),
         ({"block_out_channels": [128, 100, 512, 512]}, r"block_out_channels=.*100.*norm_num_groups=32"),
-        ({"block_out_channels": []}, r"block_out_channels=\(\); expected a list"),
-        ({"block_out_channels": 64}, "block_out_channels=64; expected a list"),
+        ({"block_out_channels": []}, r"block_out_channels=\(\); expected a tuple"),
+        ({"block_out_channels": 64}, "block_out_channels=64; expected a tuple"),
         ({"layers_per_block": 0}, "layers_per_block=0; expected a whole number"),
         ({"latent_channels": "16"}, "latent_channels='16'; expected a whole number"),
         ({"norm_num_groups": 0}, "norm_num_groups=0; expected a whole number"),
@@ -194,6 +211,7 @@ def test_all_refusals_come_together():
         ({"shards": 0}, "shards=0"),
         ({"tile_size": 500}, "tile_size=500; expected a multiple of 32 px"),
         ({"tile_size": 0}, "tile_size=0"),
+        ({"tile_size": 32.0}, "tile_size=32.0"),
     ],
 )
 def test_settings_are_checked(setting, expected):

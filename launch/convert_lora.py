@@ -9,7 +9,7 @@ from absl import app, flags
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora_files
-from cocoedit_jax.models.lora_formats import DTYPES, FORMATS
+from cocoedit_jax.models.lora_formats import DTYPES, FORMATS, unread_by_diffusers
 
 _FROM = flags.DEFINE_string("from", None, "LoRA file, or folder in diffusers' or PEFT's layout.", required=True)
 _TO = flags.DEFINE_string(
@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
     except UserError as error:
         sys.exit(f"error: {error}")
+    if unread := unread_by_diffusers(found.layers, _FORMAT.value):
+        print(f"note: diffusers leaves these out of {_FORMAT.value} files: {', '.join(unread)}", file=sys.stderr)
     print(f"wrote {file}: {_FORMAT.value}, {_DTYPE.value}")
 
 

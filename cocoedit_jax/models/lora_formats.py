@@ -160,3 +160,8 @@ def encode(layers: Mapping[str, LowRank], format: str, dtype: str) -> dict[str, 
     infinite = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
     weights.refuse(f"{format} in {dtype}", [f"{name}: not finite" for name in infinite])
     return tensors
+
+
+def unread_by_diffusers(layers: Iterable[str], format: str) -> list[str]:
+    """Those of ``layers`` that diffusers leaves out of a file in ``format`` without a word (as of version 0.42)."""
+    return sorted(name for name in layers if format in _FUSED and not _BARE.match(name))

@@ -97,3 +97,10 @@ def test_what_did_not_match_is_printed_and_nothing_written(layers, tmp_path):
     for part in ("error: ", "2 tensor(s)", "lora_unet_double_blocks_0_x.alpha", "lora_te1_y.lora_up.weight"):
         assert part in done.stderr
     assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_layers_that_diffusers_would_leave_out_are_named(layers, tmp_path):
+    layers["x_embedder"] = layers["single_transformer_blocks.0.attn.to_q"]
+    source = lora_files.write_lora(tmp_path / "a", layers, CONFIG, "diffusers")
+    done = convert(source, tmp_path / "b.safetensors", "comfyui")
+    assert done.returncode == 0 and "note: diffusers leaves these out of comfyui files: x_embedder" in done.stderr

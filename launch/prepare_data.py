@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         _refuse(*_ENCODING, mode="making data")
 
     try:
-        if out is not None and model is not None:
+        if _ENCODE.value is not None and out is not None and model is not None:
             from torch_bridge.flux_text import encode_folder
 
             dtype = None if _DTYPE.value == "auto" else _DTYPE.value

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ def cache_folder(data_dir: Path | str, max_length: int) -> Path:
 def encode_command(folder: Path, max_length: int | None = None) -> str:
     """The command that makes, completes or repairs the cache in `folder`."""
     length = f" --max_length={max_length}" if max_length is not None else ""
-    return f"python -m launch.prepare_data --encode=flux --model=MODEL_DIR --out={folder.parent.parent}{length}"
+    data_dir = shlex.quote(str(folder.parent.parent))
+    return f"python -m launch.prepare_data --encode=flux --model=MODEL_DIR --out={data_dir}{length}"
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def test_embeddings_are_those_of_the_pipeline(model, max_length, dtype):
     text, pooled = FluxTextEncoder(model, max_length, dtype=dtype, device="cpu")(PROMPTS)
     assert text.shape[:2] == (len(PROMPTS), max_length) and text.dtype.name == pooled.dtype.name == dtype
     for ours, tensor in zip((text, pooled), expected, strict=True):
+        assert tensor is not None
         reference = tensor.float().numpy()
         assert np.ptp(reference, axis=0).min() > 0  # every number depends on the prompt
         np.testing.assert_array_equal(ours.astype(np.float32), reference)
@@ -78,6 +79,21 @@ def test_rows_of_a_batch_are_independent(model):
         alone = encoder([prompt])
         np.testing.assert_allclose(alone[0][0], text[row], rtol=0, atol=1e-5)
         np.testing.assert_allclose(alone[1][0], pooled[row], rtol=0, atol=1e-5)
+
+
+def test_tensor_names_of_published_checkpoints(model, tmp_path):
+    """Older transformers wrote CLIP's names with a prefix and with position ids, and T5's embedding twice."""
+    from safetensors.numpy import load_file, save_file
+
+    older = save_tiny_kontext(tmp_path / "older", SEED)
+    clip_path, t5_path = (older / name / "model.safetensors" for name in ("text_encoder", "text_encoder_2"))
+    clip = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(clip_path).items()}
+    save_file(clip | {"text_model.embeddings.position_ids": np.arange(77)[None]}, clip_path, {"format": "pt"})
+    t5 = load_file(t5_path)
+    save_file(t5 | {"encoder.embed_tokens.weight": t5["shared.weight"].copy()}, t5_path, {"format": "pt"})
+    expected = FluxTextEncoder(model, 128, device="cpu")(PROMPTS)
+    for ours, reference in zip(FluxTextEncoder(older, 128, device="cpu")(PROMPTS), expected, strict=True):
+        np.testing.assert_array_equal(ours, reference)
 
 
 def test_cut_prompts_are_counted_and_named(model):

@@ -39,7 +39,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.path = "data/cocoedit-40k"  # metadata.jsonl, images/, masks/; masks are white where to keep
-    config.data.generate = 0  # scenes to draw if the folder does not exist; 0: it must exist
+    config.data.generate = 0  # scenes to draw where the path is empty
     config.data.resolution = 512  # pixels
     config.data.crop = "center"  # center, or buckets (keeps the aspect ratio)
     config.data.held_out = 0.01  # share of the records kept for evaluation

@@ -12,6 +12,9 @@ from ml_collections import ConfigDict
 
 from cocoedit_jax.nft.presets import preset
 
+# These settings are the same for all presets, so that a comparison varies the objective alone. In particular
+# cocoedit-official here has its formulas, and not the released ban, EMA, KL or number of timesteps.
+#
 # The strengths that the presets leave to the model and the latent space: here pixels in [-1, 1], 6 sampler steps and
 # tens of optimizer steps instead of hundreds. Chosen on scenes that no table uses.
 TUNED = {
@@ -37,8 +40,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.model.attention = "auto"  # auto, xla, blocked, cudnn
 
     config.data = ConfigDict()
-    config.data.path = "data/scenes"  # metadata.jsonl, images/, masks/; masks are white where the image must be kept
-    config.data.generate = 1500  # scenes to draw if the folder does not exist; 0: it must exist
+    config.data.path = ""  # metadata.jsonl, images/, masks/ (white where to keep); empty: scenes, drawn into data/
+    config.data.generate = 1500  # scenes to draw where the path is empty
     config.data.resolution = 48  # pixels
     config.data.crop = "center"  # center, or buckets (keeps the aspect ratio)
     config.data.held_out = 0.2  # share of the records kept for evaluation
@@ -66,6 +69,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     # One timestep per sample: new rollouts are worth more than more timesteps of the same ones.
     config.algorithm.timestep_fraction = 0.17
     config.algorithm.timestep_choice = "stratified"
+    config.algorithm.train_at_pure_noise = True  # of six sampler steps, the first is too many to leave out
     config.algorithm.ban = False  # six groups of eight are too few to throw any away
     config.algorithm.kl_weight = 0.0  # a third forward per timestep for a weight of 1e-4
     config.algorithm.ema_decay = 0.9  # a short run at a high learning rate ends on noisy weights; the same for all

@@ -6,13 +6,13 @@ Finished runs are kept, so an interrupted comparison continues where it stopped.
 """
 
 import json
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from cocoedit_jax.errors import UserError
+from launch import command
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; its presets are chosen by --presets.")
 _PRESETS = flags.DEFINE_list("presets", ["edit-r1", "cocoedit", "cocoedit-routed"], "Presets to compare.")
@@ -24,23 +24,17 @@ flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; overrides are written --config.key=value")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     from cocoedit_jax.train.compare import compare
 
-    try:
-        seeds = [int(seed) for seed in _SEEDS.value]
-    except ValueError:
-        sys.exit(f"error: --seeds={','.join(_SEEDS.value)}; expected whole numbers separated by commas")
-    try:
-        result = compare(
-            _config_path(), _overrides(), _PRESETS.value, seeds, Path(_OUT.value), _SCENES.value, _SCENE_SEED.value
-        )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print((Path(_OUT.value) / "table.md").read_text())
-    print(json.dumps({"report": str(Path(_OUT.value) / "report.html"), "scenes": result["scenes"]}))
+    if not _PRESETS.value:
+        raise UserError("--presets is empty; expected names separated by commas")
+    if not _SEEDS.value or not all(seed.isdecimal() for seed in _SEEDS.value):
+        raise UserError(f"--seeds={','.join(_SEEDS.value)}; expected whole numbers from 0 on, separated by commas")
+    seeds = [int(seed) for seed in _SEEDS.value]
+    out = Path(_OUT.value)
+    result = compare(_config_path(), _overrides(), _PRESETS.value, seeds, out, _SCENES.value, _SCENE_SEED.value)
+    print((out / "table.md").read_text())
+    print(json.dumps({"report": str(out / "report.html"), "scenes": result["scenes"]}))
 
 
 def _config_path() -> Path:
@@ -52,4 +46,4 @@ def _overrides() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

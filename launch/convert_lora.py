@@ -5,11 +5,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
-from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora_files
 from cocoedit_jax.models.lora_formats import DTYPES, FORMATS, unread_by_diffusers
+from launch import command
 
 _FROM = flags.DEFINE_string("from", None, "LoRA file, or folder in diffusers' or PEFT's layout.", required=True)
 _TO = flags.DEFINE_string(
@@ -33,23 +33,18 @@ def describe(found: lora_files.LoraFile) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
-    try:
-        found = lora_files.read_lora(Path(_FROM.value), alpha=_ALPHA.value)
-        print(describe(found))
-        for note in found.notes:
-            print(f"note: {note}", file=sys.stderr)
-        file = lora_files.write_lora(
-            Path(_TO.value), found.layers, found.config, _FORMAT.value,
-            dtype=_DTYPE.value, info=found.header, overwrite=_OVERWRITE.value,
-        )  # fmt: skip
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    found = lora_files.read_lora(Path(_FROM.value), alpha=_ALPHA.value)
+    print(describe(found))
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    file = lora_files.write_lora(
+        Path(_TO.value), found.layers, found.config, _FORMAT.value,
+        dtype=_DTYPE.value, info=found.header, overwrite=_OVERWRITE.value,
+    )  # fmt: skip
     if unread := unread_by_diffusers(found.layers, _FORMAT.value):
         print(f"note: diffusers leaves these out of {_FORMAT.value} files: {', '.join(unread)}", file=sys.stderr)
     print(f"wrote {file}: {_FORMAT.value}, {_DTYPE.value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -6,12 +6,11 @@
 Runs on the CPU and needs memory for the transformer once (24 GB for FLUX.1 in bfloat16).
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
-from cocoedit_jax.errors import UserError
+from launch import command
 
 _FROM = flags.DEFINE_string("from", None, "Model folder, or repository id in the Hugging Face cache.", required=True)
 _TO = flags.DEFINE_string("to", None, "Folder to write; it appears when it is complete.", required=True)
@@ -22,9 +21,6 @@ _REST = flags.DEFINE_boolean("copy_rest", False, "Also copy the other components
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -32,19 +28,16 @@ def main(argv: list[str]) -> None:
 
     from cocoedit_jax.models.convert import convert, parse_size
 
-    try:
-        size = convert(
-            _FROM.value,
-            Path(_TO.value),
-            _FORMAT.value,
-            dtype=None if _DTYPE.value is None else jnp.dtype(_DTYPE.value),
-            max_shard_size=parse_size(_SHARD.value),
-            copy_rest=_REST.value,
-        )
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    size = convert(
+        _FROM.value,
+        Path(_TO.value),
+        _FORMAT.value,
+        dtype=None if _DTYPE.value is None else jnp.dtype(_DTYPE.value),
+        max_shard_size=parse_size(_SHARD.value),
+        copy_rest=_REST.value,
+    )
     print(f"{size / 1e9:.2f} GB of weights in {Path(_TO.value) / 'transformer'}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -8,14 +8,14 @@ encoded by PyTorch: pip install 'cocoedit-jax[bridge]'.
 """
 
 import re
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
 from cocoedit_jax.inference.requests import EditRequest, check_pictures, read_requests
+from launch import command
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder, or a repository name in the Hugging Face cache.")
 _IMAGE = flags.DEFINE_string("image", None, "Picture to edit; needs --prompt.")
@@ -62,38 +62,32 @@ def _requests() -> list[EditRequest]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
-    logging.set_verbosity(logging.WARNING)
-    try:
-        requests, size = _requests(), _size()
-        check_pictures(requests)
-        from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
-        from cocoedit_jax.inference.load import load_for_editing
-        from cocoedit_jax.reporting.telemetry import progress
-        from torch_bridge.flux_text import encode_prompts
+    requests, size = _requests(), _size()
+    check_pictures(requests)
+    from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
+    from cocoedit_jax.inference.load import load_for_editing
+    from cocoedit_jax.reporting.telemetry import progress
+    from torch_bridge.flux_text import encode_prompts
 
-        source = _SOURCE.value or ("preferred" if size is None else "target")
-        options = EditOptions(_STEPS.value, _SOLVER.value, size, source, _BATCH_SIZE.value)
-        editor, params, adapter = load_for_editing(
-            _MODEL.value or "",
-            lambda folder: encode_prompts(folder, [request.prompt for request in requests], _TEXT_TOKENS.value),
-            lora_path=_LORA.value,
-            lora_scale=_LORA_SCALE.value,
-            dtype=_DTYPE.value,
-            guidance=_GUIDANCE.value,
-            vae_tile=_VAE_TILE.value or None,
-            size=size,
-        )
-        with progress(len(requests), "edit", "picture") as bar:
-            edit_all(
-                PictureEditor(editor, params, adapter, options), requests,
-                side_by_side=_SIDE_BY_SIDE.value, progress=bar.update,
-            )  # fmt: skip
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    source = _SOURCE.value or ("preferred" if size is None else "target")
+    options = EditOptions(_STEPS.value, _SOLVER.value, size, source, _BATCH_SIZE.value)
+    editor, params, adapter = load_for_editing(
+        _MODEL.value or "",
+        lambda folder: encode_prompts(folder, [request.prompt for request in requests], _TEXT_TOKENS.value),
+        lora_path=_LORA.value,
+        lora_scale=_LORA_SCALE.value,
+        dtype=_DTYPE.value,
+        guidance=_GUIDANCE.value,
+        vae_tile=_VAE_TILE.value or None,
+        size=size,
+    )
+    with progress(len(requests), "edit", "picture") as bar:
+        edit_all(
+            PictureEditor(editor, params, adapter, options), requests,
+            side_by_side=_SIDE_BY_SIDE.value, progress=bar.update,
+        )  # fmt: skip
     print(requests[0].out if len(requests) == 1 else f"{len(requests)} edits in {_OUT.value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -5,11 +5,10 @@ python -m launch.prepare_data --check=DIR
 python -m launch.prepare_data --encode=flux --model=MODEL_DIR --out=DIR
 """
 
-import sys
-
-from absl import app, flags
+from absl import flags
 
 from cocoedit_jax.errors import UserError
+from launch import command
 
 _SOURCE = flags.DEFINE_enum("source", "scenes", ["scenes"], "What to make: procedural editing scenes.")
 _OUT = flags.DEFINE_string("out", None, "Folder to write; holds metadata.jsonl, images/ and masks/ afterwards.")
@@ -24,7 +23,9 @@ _CROP = flags.DEFINE_enum("crop", "center", ["center", "buckets"], "With --check
 _ENCODE = flags.DEFINE_enum(
     "encode", None, ["flux"], "Cache text embeddings of the prompts of the data folder --out in it (needs PyTorch)."
 )
-_MODEL = flags.DEFINE_string("model", None, "With --encode: local diffusers folder with text encoders and tokenizers.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "With --encode: model folder in diffusers' layout, or a repository in the Hugging Face cache."
+)
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", 128, "With --encode: T5 tokens; 128 as in training, 512 as stock.", lower_bound=1, upper_bound=512
 )
@@ -42,46 +43,40 @@ _ENCODING = (_MODEL, _MAX_LENGTH, _BATCH, _DTYPE)
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}; options are written --name=value")
     out, model = _OUT.value, _MODEL.value
     if (out is None) == (_CHECK.value is None):
-        raise app.UsageError("give exactly one of --out=DIR (make data, or encode it) and --check=DIR (check data)")
+        raise UserError("give exactly one of --out=DIR (make data, or encode it) and --check=DIR (check data)")
     if _ENCODE.value is not None:
         _refuse(_CHECK, *_MAKING, *_CHECKING, mode="--encode")
         if model is None:
-            raise app.UsageError("--encode needs --model=MODEL_DIR, the folder of the text encoders")
+            raise UserError("--encode needs --model=MODEL_DIR, the folder of the text encoders")
     elif _CHECK.value is not None:
         _refuse(*_ENCODING, mode="--check")
     else:
         _refuse(*_ENCODING, mode="making data")
 
-    try:
-        if _ENCODE.value is not None and out is not None and model is not None:
-            from torch_bridge.flux_text import encode_folder
+    if _ENCODE.value is not None and out is not None and model is not None:
+        from cocoedit_jax.models.hub import resolve_model
+        from torch_bridge.flux_text import encode_folder
 
-            dtype = None if _DTYPE.value == "auto" else _DTYPE.value
-            print(encode_folder(out, model, _MAX_LENGTH.value, batch_size=_BATCH.value, dtype=dtype))
-            return
-        from cocoedit_jax.data import prepare
+        dtype = None if _DTYPE.value == "auto" else _DTYPE.value
+        print(encode_folder(out, resolve_model(model), _MAX_LENGTH.value, batch_size=_BATCH.value, dtype=dtype))
+        return
+    from cocoedit_jax.data import prepare
 
-        if _CHECK.value is not None:
-            print(prepare.check_folder(_CHECK.value, _RESOLUTION.value, _CROP.value))
-        elif out is not None:
-            num, size, seed = _NUM.value, _SIZE.value, _SEED.value
-            folder = prepare.write_scenes(
-                out, num, size, seed, operations=_OPERATIONS.value, overwrite=_OVERWRITE.value
-            )
-            print(f"{num} records of {size}x{size} px in {folder}")
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    if _CHECK.value is not None:
+        print(prepare.check_folder(_CHECK.value, _RESOLUTION.value, _CROP.value))
+    elif out is not None:
+        num, size, seed = _NUM.value, _SIZE.value, _SEED.value
+        folder = prepare.write_scenes(out, num, size, seed, operations=_OPERATIONS.value, overwrite=_OVERWRITE.value)
+        print(f"{num} records of {size}x{size} px in {folder}")
 
 
 def _refuse(*given: flags.FlagHolder, mode: str) -> None:
     names = ", ".join(f"--{flag.name}" for flag in given if flag.present)
     if names:
-        raise app.UsageError(f"{names}: not used with {mode}; see --help")
+        raise UserError(f"{names}: not used with {mode}; see --help")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

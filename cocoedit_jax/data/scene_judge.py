@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cocoedit_jax.data.scene_render import render_batch, render_layers
+from cocoedit_jax.data.scene_render import render_layers
 from cocoedit_jax.data.scene_spec import SceneSpec
 
 SHARPNESS = 2.3
@@ -84,36 +84,6 @@ def judge_batch(specs: Sequence[SceneSpec], edited: np.ndarray) -> SceneScore:
     asked = np.abs(layers.target - layers.source).mean(axis=-1)
     share = _masked_mean(moved, changed) / np.maximum(_masked_mean(asked, changed), 1e-6)
     return SceneScore(likelihood * fidelity * survival, likelihood, fidelity, survival, share)
-
-
-def scene_scores(specs: Sequence[SceneSpec], edited: np.ndarray) -> np.ndarray:
-    """Scores, float64 [n] in [0, 1], of `edited` [n, s, s, 3]."""
-    return judge_batch(specs, edited).score
-
-
-def scene_score(spec: SceneSpec, edited: np.ndarray) -> float:
-    """Score in [0, 1] of one edited image [s, s, 3]."""
-    return float(judge_batch([spec], np.asarray(edited)[None]).score[0])
-
-
-def no_edit(spec: SceneSpec, edited: np.ndarray) -> bool:
-    """True when hardly anything was edited; see `SceneScore.no_edit`."""
-    return bool(judge_batch([spec], np.asarray(edited)[None]).no_edit[0])
-
-
-def change_inside(mask: np.ndarray | SceneSpec, source: np.ndarray, edited: np.ndarray) -> float:
-    """Mean absolute change of [s, s, 3] images inside the edit mask ([s, s], 1 = may change, or the scene's own)."""
-    before, after = _as_float(source), _as_float(edited)
-    if isinstance(mask, SceneSpec):
-        mask = render_batch([mask], before.shape[0]).edit_mask[0]
-    weight = np.asarray(mask, np.float64)
-    return float((np.abs(after - before).mean(axis=-1) * weight).sum() / max(float(weight.sum()), 1e-6))
-
-
-def object_pixels(specs: Sequence[SceneSpec], size: int = 48) -> np.ndarray:
-    """Bool [n, s, s]: the pixels the judge looks at (objects before or after the edit)."""
-    layers = render_layers(specs, size)
-    return (layers.source_coverage > 0.5) | (layers.target_coverage > 0.5)
 
 
 def _as_float(image: np.ndarray) -> np.ndarray:

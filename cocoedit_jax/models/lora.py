@@ -96,20 +96,6 @@ def fold_scale(adapter: Adapter, cfg: LoraConfig) -> Adapter:
     return weights.unflatten({p: x * cfg.scale if p[-1] == "lora_B" else x for p, x in flat.items()})
 
 
-def logical_axes(adapter: Adapter, transformer_logical_axes: Mapping[str, Any]) -> dict[str, Any]:
-    """Logical axis names of an adapter's leaves: those of the kernel it belongs to, the rank axis unnamed.
-
-    ``transformer_logical_axes`` is the transformer's tree with a tuple of names, or flax's partitioning box, per leaf.
-    """
-    kernels = weights.flatten(transformer_logical_axes)
-    flat = {}
-    for path in weights.flatten(adapter):
-        box = kernels[(*path[:-1], "kernel")]
-        *layers, name_in, name_out = getattr(box, "names", box)
-        flat[path] = (*layers, name_in, None) if path[-1] == "lora_A" else (*layers, None, name_out)
-    return weights.unflatten(flat)
-
-
 def check_fits(adapter: Adapter, transformer_params: Mapping[str, Any], source: str) -> None:
     """Raises UserError naming every module of ``adapter`` that the transformer lacks or has in another shape."""
     params = weights.flatten(transformer_params)

@@ -1,7 +1,9 @@
 """Every switch of the algorithm, and the named settings that people ask for.
 
-``cocoedit`` is the method of the paper (arXiv 2602.14068). ``cocoedit-official`` reproduces the numbers of the released
-code instead, its departures from the paper included, so that the two can be compared by changing one word.
+``cocoedit`` is the method of the paper (arXiv 2602.14068), with the released code's self-normalising weight in the
+policy term and its fixed thresholds, for which the paper gives no numbers. ``cocoedit-official`` reproduces the numbers
+of the released code instead, its departures from the paper included, so that the two can be compared by changing one
+word.
 """
 
 import dataclasses
@@ -56,7 +58,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "timestep_fraction": (1e-6, 1),
 }
 
-BOOLEANS = ("ban", "ner_on_all_samples")
+BOOLEANS = ("ban", "ner_on_all_samples", "train_at_pure_noise")
 INTEGERS = ("erode_preserve", "erode_edit", "old_decay_type")
 
 
@@ -121,6 +123,7 @@ class NFTConfig:
     old_decay_type: int = 1  # 0: old = theta every step; 1: min(.001 n, .5); 2: 0 until n = 75, then rising to .999
     ema_decay: float = 0.0  # cap of the evaluation EMA's decay; 0 = no EMA
     timestep_fraction: float = 0.99  # share of the sampler's timesteps trained per sample, T = int(steps * fraction)
+    train_at_pure_noise: bool = False  # whether t = 1, where x_t holds nothing of x0, is trained (released code: yes)
     timestep_choice: str = "permutation"  # permutation: any T of them; stratified: one from each of T equal slices
 
     def __post_init__(self) -> None:
@@ -175,6 +178,11 @@ class NFTConfig:
             for value in pair:
                 _check_number(f"tau_by_edit_type[{edit_type!r}]", value, 0, None)
 
+    def num_timesteps(self, sampler_steps: int) -> int:
+        """Timesteps trained per sample."""
+        available = sampler_steps if self.train_at_pure_noise else max(1, sampler_steps - 1)
+        return min(available, max(1, int(sampler_steps * self.timestep_fraction)))
+
     @property
     def uses_regions(self) -> bool:
         """Whether the loss needs the mask at latent resolution."""
@@ -228,8 +236,10 @@ _JUDGE_ONLY: dict[str, Any] = {"reward_weights": {"judge": 1.0}}
 PRESETS: dict[str, NFTConfig] = {
     # The paper: weights .8/.2, plain average of PSNR and SSIM, the region to keep held to the source latent.
     "cocoedit": NFTConfig(),
-    # The released Qwen-Image-Edit configuration, number for number.
+    # The formulas and settings of the released Qwen-Image-Edit configuration. Two things lie outside of the objective
+    # and stay ours: masks are binary (there they are soft at edges from resizing), and the judge sees source first.
     "cocoedit-official": NFTConfig(
+        train_at_pure_noise=True,
         group_key="prompt",
         invalid="zero_weight",
         valid_reduction="micro",
@@ -245,9 +255,11 @@ PRESETS: dict[str, NFTConfig] = {
         **_NO_REGIONS, **_JUDGE_ONLY, r_granularity="token", adv_clip=2.0, routed_inside_weight=4.0, kl_weight=0.0
     ),
     # Judge reward without regions. Edit-R1 ships its ban off or on by model (thresholds .05 / .9).
-    "edit-r1": NFTConfig(**_NO_REGIONS, **_JUDGE_ONLY, ban=False, ban_std=0.05, ema_decay=0.9),
+    "edit-r1": NFTConfig(
+        **_NO_REGIONS, **_JUDGE_ONLY, ban=False, ban_std=0.05, ema_decay=0.9, train_at_pure_noise=True
+    ),
     # DiffusionNFT (arXiv 2509.16117): no masks, any reward; name yours in reward_weights.
-    "diffusion-nft": NFTConfig(**_NO_REGIONS, **_JUDGE_ONLY, ban=False, ema_decay=0.9),
+    "diffusion-nft": NFTConfig(**_NO_REGIONS, **_JUDGE_ONLY, ban=False, ema_decay=0.9, train_at_pure_noise=True),
 }
 
 

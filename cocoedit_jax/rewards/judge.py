@@ -51,7 +51,11 @@ class JudgeScore:
 
 
 class Judge(Protocol):
-    """Scores for a sequence of requests, in the same order and number. One bad request must not fail the others."""
+    """Scores for a sequence of requests, in the same order and number. One bad request must not fail the others.
+
+    A judge may also have a method ``fault(extra) -> str | None``: why it cannot judge a record with these further
+    fields. Such records are left out before training starts.
+    """
 
     def __call__(self, requests: Sequence[JudgeRequest]) -> list[JudgeScore]: ...
 
@@ -105,9 +109,15 @@ def judge_scores(judge: Judge, requests: Sequence[JudgeRequest]) -> tuple[np.nda
     return scores, ~np.isnan(scores)
 
 
+_NO_SCENE = "field 'scene' is missing; the judge 'scenes' works on data that prepare_data --source=scenes made"
+
+
 @register_judge("scenes")
 class SceneJudge:
     """Programmatic judge for procedural scenes; needs the scene description in `extra["scene"]`. See `scene_judge`."""
+
+    def fault(self, extra: Mapping[str, Any]) -> str | None:
+        return None if "scene" in extra else _NO_SCENE
 
     def __call__(self, requests: Sequence[JudgeRequest]) -> list[JudgeScore]:
         answers: list[JudgeScore | None] = [None] * len(requests)
@@ -128,7 +138,7 @@ class SceneJudge:
 
 def _scene_request(request: JudgeRequest) -> tuple[SceneSpec, np.ndarray]:
     if "scene" not in request.extra:
-        raise ValueError("field 'scene' is missing; the judge 'scenes' works on data made by prepare_data")
+        raise ValueError(_NO_SCENE)
     spec = SceneSpec.from_json(request.extra["scene"])
     image = np.asarray(request.edited)
     if image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3 or image.shape[0] % 2:

@@ -28,7 +28,7 @@ from cocoedit_jax.train.setup import Setup, build
 # The baseline that needs no training for consistency, only the true mask at inference: it stands beside the table.
 PASTE_BASELINE = "edit-r1"
 # Settings that change what a run reports of itself, not its result.
-_MAY_DIFFER = ("checkpoint.", "data.path", "evaluation.every", "evaluation.scenes", "evaluation.batch_size", "mesh.")
+_MAY_DIFFER = ("checkpoint.", "evaluation.every", "evaluation.scenes", "evaluation.batch_size", "mesh.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,9 @@ class FreshScenes:
         if not folder.exists():
             write_scenes(folder, self.count, config.data.resolution, seed=self.seed)
         records = read_records(folder, framing).records
+        seen = {json.dumps(record.extra.get("scene")) for record in (*setup.train_records, *setup.held_out_records)}
+        if any(json.dumps(record.extra["scene"]) in seen for record in records):
+            raise UserError(f"--scene_seed={self.seed}: scenes of {setup.config.preset}'s training data; name another")
         return dataclasses.replace(setup, held_out=record_dataset(records, framing), held_out_records=records)
 
 
@@ -134,7 +137,9 @@ def _train_and_measure(config: ConfigDict, fresh: FreshScenes, run_dir: Path, me
         train(setup, run_dir, resume=(run_dir / CONFIG).is_file())
         if not (run_dir / EVALUATION).is_file():
             raise UserError(f"{run_dir}: stopped before its end; run the same command again to continue")
-    adapter, _ = lora_files.load_lora(run_dir / "lora" / f"step_{config.train.steps:06d}")
+    folder = run_dir / "lora" / f"step_{config.train.steps:06d}"
+    adapter, _ = lora_files.load_lora(folder)
+    lora.check_fits(adapter, setup.params["transformer"], str(folder))
     setup = fresh.into(setup)
     base = _evaluate_base(setup, fresh.out / measured.name)
     trained = _evaluate(setup, adapter, f"fresh scenes, {preset} seed {config.seed}")

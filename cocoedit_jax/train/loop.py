@@ -1,6 +1,7 @@
 """The training loop: rollout -> rewards -> advantage -> one optimizer step -> old policy (arXiv 2602.14068)."""
 
 import dataclasses
+import shlex
 import signal
 import threading
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ from cocoedit_jax.train.step import StepScalars, TrainState, make_optimizer, mak
 
 class NonFiniteError(FloatingPointError):
     """A loss, reward or gradient is NaN or infinite; the message names it. The last good checkpoint is kept."""
+
+
+class Stopped(Exception):
+    """A signal came while something ran that a continued run does again."""
 
 
 @dataclass
@@ -73,8 +78,13 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to stop at once", flush=True)
+        print(f"\n{signal.Signals(number).name}: stopping soon; what is done is kept. Once more: at once", flush=True)
         signal.signal(number, self._previous[number])
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has come; called between parts of work whose result is not kept."""
+        if self.requested:
+            raise Stopped
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
@@ -205,6 +215,8 @@ class Trainer:
 
     def _check_rollout(self, step: int, rollout: Rollout) -> None:
         bad = [f"rollout {name}" for name in ("x0", "images") if not np.isfinite(getattr(rollout, name)).all()]
+        # A score that could not be made is marked invalid; one that is said to be valid must be a number.
+        bad += [f"reward {n}" for n, v in rollout.rewards.items() if not np.isfinite(v[rollout.reward_valid[n]]).all()]
         if bad:
             raise NonFiniteError(f"step {step}: not finite: {', '.join(bad)}; the last checkpoint is kept")
 
@@ -258,11 +270,16 @@ class Trainer:
         self.banned = set(saved["banned"])
         return int(self.state.step)
 
-    def evaluate(self, adapter: Any, scenes: int, desc: str) -> Evaluation:
+    def evaluate(self, adapter: Any, scenes: int, desc: str, stop: Stop) -> Evaluation:
         """Held-out evaluation with a progress bar; ``adapter`` without its scale, or None."""
         folded = None if adapter is None else lora.fold_scale(adapter, self.setup.lora)
         with progress(min(scenes, len(self.setup.held_out_records)), desc, "scene") as bar:
-            return self.evaluator(folded, scenes, bar.update)
+
+            def done(count: int) -> None:
+                bar.update(count)
+                stop.check()
+
+            return self.evaluator(folded, scenes, done)
 
     def close(self) -> None:
         self.queue.close()
@@ -281,10 +298,8 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
         NonFiniteError: NaN or infinity in a loss or gradient.
     """
     config = setup.config
-    run_dir.mkdir(parents=True, exist_ok=True)
     claim(run_dir, config, resume)
     trainer = Trainer(setup, run_dir)
-    timer = PhaseTimer()
     try:
         with Telemetry(run_dir) as telemetry, Stop() as stop:
             start = trainer.resume() if resume and trainer.checkpoints.latest is not None else 0
@@ -293,33 +308,15 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
                 trainer.save({})
             peak = trainer.performance.peak_source
             print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {peak}")
-            base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base")
-            if stop.requested:
-                print(f"stopped before the first step; continue with --resume --run={run_dir}")
-                return {}
-            bar = progress(config.train.steps, "train", "step", start)
-            for step in range(start + 1, config.train.steps + 1):
-                metrics, drawn = trainer.train_step(step, timer)
-                last = step == config.train.steps
-                if step % config.evaluation.every == 0 or last or step == 1:
-                    telemetry.image(step, "rollout", trainer.picture(drawn))
-                if step % config.evaluation.every == 0 and not last:
-                    with timer("evaluate"):
-                        metrics |= _small_evaluation(trainer, base)
-                seconds = timer.pop()
-                metrics |= seconds | trainer.performance(seconds, metrics, drawn.grid, drawn.conditioning.text.shape[1])
-                telemetry.log(step, metrics)
-                if step % config.checkpoint.every == 0 or last or stop.requested:
-                    with timer("checkpoint"):
-                        trainer.save(metrics)
-                bar.set_postfix(reward=f"{metrics.get('reward/total', np.nan):.3f}")
-                bar.update(1)
-                if stop.requested and not last:
-                    print(f"stopped after step {step}; continue with --resume --run={run_dir}")
-                    return {}
-            bar.close()
-            trained = trainer.evaluate(trainer.trained_adapter(), config.evaluation.scenes, "evaluate trained")
+            base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base", stop)
+            _take_steps(trainer, start, base, telemetry, stop)
+            adapter = trainer.trained_adapter()
+            trained = trainer.evaluate(adapter, config.evaluation.scenes, "evaluate trained", stop)
             telemetry.image(config.train.steps, "held_out", before_after(base, trained))
+    except Stopped:
+        kept = trainer.checkpoints.latest
+        print(f"stopped; step {kept} is saved, continue with --resume --run={shlex.quote(str(run_dir))}")
+        return {}
     finally:
         trainer.close()
         if (run_dir / "metrics.jsonl").is_file():
@@ -334,6 +331,29 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
     write_json(run_dir / EVALUATION, result)
     write_report(run_dir)
     return result
+
+
+def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telemetry, stop: Stop) -> None:
+    """The optimizer steps after ``start``, each logged, some evaluated and saved. Raises Stopped after a signal."""
+    config, timer = trainer.config, PhaseTimer()
+    with progress(config.train.steps, "train", "step", start) as bar:
+        for step in range(start + 1, config.train.steps + 1):
+            metrics, drawn = trainer.train_step(step, timer)
+            last = step == config.train.steps
+            if step % config.evaluation.every == 0 or last or step == 1:
+                telemetry.image(step, "rollout", trainer.picture(drawn))
+            if step % config.evaluation.every == 0 and not last and not stop.requested:
+                with timer("evaluate"):
+                    metrics |= _small_evaluation(trainer, base)
+            seconds = timer.pop()
+            metrics |= seconds | trainer.performance(seconds, metrics, drawn.grid, drawn.conditioning.text.shape[1])
+            telemetry.log(step, metrics)
+            if step % config.checkpoint.every == 0 or last or stop.requested:
+                with timer("checkpoint"):
+                    trainer.save(metrics)
+            bar.set_postfix(reward=f"{metrics.get('reward/total', np.nan):.3f}")
+            bar.update(1)
+            stop.check()
 
 
 def _small_evaluation(trainer: Trainer, base: Evaluation) -> dict[str, float]:

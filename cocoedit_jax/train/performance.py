@@ -35,7 +35,7 @@ class Performance:
         shape, tokens = self._setup.editor.transformer.config, 2 * grid.tokens + text_tokens
         drawn = int(metrics["samples/drawn"])
         used = drawn if cfg.invalid == "zero_weight" else int(metrics["samples/used"])
-        timesteps = max(1, int(rollout_steps * cfg.timestep_fraction))
+        timesteps = cfg.num_timesteps(rollout_steps)
         forwards = (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
         work = {
             "rollout": rollout_steps * flux_forward_flops(shape, tokens, drawn),

@@ -18,6 +18,7 @@ from PIL import Image
 
 from cocoedit_jax.data.scene_judge import judge_batch
 from cocoedit_jax.data.scenes import SceneBatch, render_layers, sample_batch, scene_vocabulary
+from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.packing import pack, token_share
 from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.models.editor import KontextEditor
@@ -161,7 +162,10 @@ def pretrain(config: ConfigDict, out: Path, start_from: Path | None = None) -> N
         FluxConfig(**config.transformer), scene_vocabulary(), config.max_words, config.patch, config.image_size
     )
     editor = build_editor(quickstart, remat="dots")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written ({error})") from error
     log = out / "pretraining.jsonl"
     log.unlink(missing_ok=True)
 

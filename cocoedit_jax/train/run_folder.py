@@ -15,21 +15,41 @@ CONFIG, EVALUATION = "config.json", "evaluation.json"
 _MAY_CHANGE = ("train.steps", "checkpoint.", "evaluation.", "mesh.", "data.path", "model.remat", "model.attention")
 
 
+def check_claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
+    """Whether ``config`` may run in ``run_dir``; nothing is written.
+
+    Raises:
+        UserError: the folder holds another run, or none to resume, or one that is longer already.
+    """
+    path = run_dir / CONFIG
+    if resume:
+        _check_continues(path, run_dir, json.loads(config.to_json()))
+        steps = [int(folder.name) for folder in (run_dir / "checkpoints").glob("*") if folder.name.isdigit()]
+        if steps and max(steps) > config.train.steps:
+            raise UserError(
+                f"--resume: {run_dir} has taken {max(steps)} steps; expected config.train.steps={config.train.steps} "
+                "to be at least as many"
+            )
+    elif path.exists():
+        raise UserError(f"--run={run_dir}: holds a run already; add --resume, or name another folder")
+
+
 def claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
     """Writes config.json into a new run folder; of a resumed run, checks that it fits and writes it anew.
 
     A result of the run as it was before, shorter, is kept under another name.
 
     Raises:
-        UserError: the folder holds another run, or none to resume.
+        UserError: as ``check_claim``, or the folder cannot be written.
     """
-    path, now = run_dir / CONFIG, json.loads(config.to_json())
+    check_claim(run_dir, config, resume)
     if resume:
-        _check_continues(path, run_dir, now)
         _keep_earlier_result(run_dir, config.train.steps)
-    elif path.exists():
-        raise UserError(f"--run={run_dir}: holds a run already; add --resume, or name another folder")
-    write_json(path, now)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / CONFIG, json.loads(config.to_json()))
+    except OSError as error:
+        raise UserError(f"--run={run_dir}: cannot be written ({error})") from error
 
 
 def _check_continues(path: Path, run_dir: Path, now: dict[str, Any]) -> None:

@@ -94,12 +94,13 @@ def make_train_step(
 ) -> Callable[[TrainState, Tree, StepBatch, StepScalars], tuple[TrainState, dict[str, Array], Tree]]:
     """The jitted step ``(state, params, batch, scalars) -> (state, metrics, finite)``.
 
-    ``finite`` is a tree of flags, one for each gradient; if any is False, or the loss is not finite, the returned state
-    is the given one, unchanged. ``state`` is donated.
+    ``finite`` is a tree of flags, one for each gradient; if any is False, or the loss or a norm is not finite, the
+    returned state is the given one, unchanged. ``state`` is donated.
     """
     objective = get_objective(cfg.objective)
-    levels = jnp.asarray(sigmas[:-1], jnp.float32)
-    num_timesteps = max(1, int(len(levels) * cfg.timestep_fraction))
+    trained = sigmas[:-1] if cfg.train_at_pure_noise or len(sigmas) == 2 else sigmas[sigmas < 1][:-1]
+    levels = jnp.asarray(trained, jnp.float32)
+    num_timesteps = cfg.num_timesteps(len(sigmas) - 1)
     micro_reduction = cfg.valid_reduction == "micro"
     num_shards = mesh.shape[DATA]
 
@@ -210,7 +211,9 @@ def make_train_step(
             "theta_norm": optax.tree.norm(theta),
         }
         finite = jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), grads)
-        good = jnp.isfinite(metrics["loss"]) & jnp.all(jnp.stack(jax.tree.leaves(finite)))
+        good = jnp.all(jnp.stack(jax.tree.leaves(finite)))
+        for name in ("loss", "gradient_norm", "update_norm", "theta_norm"):
+            good &= jnp.isfinite(metrics[name])
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         return new, metrics, finite
 

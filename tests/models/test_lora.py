@@ -94,15 +94,6 @@ def test_configuration_is_checked(change, name):
         lora.LoraConfig(**change)
 
 
-def test_logical_axes(boxed, adapter):
-    axes = lora.logical_axes(adapter, boxed)
-    query, out = (axes["transformer_blocks"]["attn"][name] for name in ("to_q", "to_out.0"))
-    assert query == {"lora_A": ("layers", "embed", None), "lora_B": ("layers", None, "heads")}
-    assert out == {"lora_A": ("layers", "heads", None), "lora_B": ("layers", None, "embed")}
-    names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-    assert lora.logical_axes(adapter, names) == axes
-
-
 def test_adapter_of_another_model(params, trained):
     lora.check_fits(trained, params, "file")
     shorter = {**params, "transformer_blocks": jax.tree.map(lambda x: x[:1], params["transformer_blocks"])}

@@ -16,7 +16,7 @@ def test_presets_are_valid_hashable_and_survive_json(name):
 
 
 def test_every_field_is_checked():
-    special = {"objective", "reward_weights", "tau_by_edit_type", "ban", "ner_on_all_samples"}
+    special = {"objective", "reward_weights", "tau_by_edit_type", "ban", "ner_on_all_samples", "train_at_pure_noise"}
     assert {f.name for f in dataclasses.fields(NFTConfig)} == special | set(CHOICES) | set(RANGES)
 
 
@@ -73,3 +73,26 @@ def test_what_the_presets_promise():
     assert preset("cocoedit-corrected") == paper.replace(er_policy="positive")
     for name in ("cocoedit-routed", "edit-r1", "diffusion-nft"):
         assert not preset(name).uses_regions
+    for cfg in (paper, official):
+        assert (cfg.ban, cfg.ban_std, cfg.ban_mean, cfg.ema_decay) == (True, 0.02, 0.9, 0)
+        assert (cfg.tau_pos, cfg.tau_neg, cfg.erode_preserve, cfg.erode_edit, cfg.ring_weight) == (
+            1e-3,
+            3e-2,
+            2,
+            2,
+            0.2,
+        )
+        assert (cfg.beta, cfg.adv_clip, cfg.advantage_std, cfg.old_decay_type) == (1, 5, "global", 1)
+    routed, judge_only = preset("cocoedit-routed"), preset("edit-r1")
+    assert (routed.r_granularity, routed.adv_clip, routed.routed_inside_weight) == ("token", 2, 4)
+    assert (judge_only.ban, judge_only.ban_std, judge_only.ema_decay) == (False, 0.05, 0.9)
+    assert dict(judge_only.reward_weights) == dict(routed.reward_weights) == {"judge": 1}
+
+
+def test_number_of_timesteps():
+    """Ten sampler steps: the released code trains any nine; without pure noise those nine are all there are."""
+    assert preset("cocoedit-official").num_timesteps(10) == preset("cocoedit").num_timesteps(10) == 9
+    assert preset("cocoedit").replace(timestep_fraction=1.0).num_timesteps(10) == 9
+    assert preset("cocoedit-official").replace(timestep_fraction=1.0).num_timesteps(10) == 10
+    assert preset("cocoedit").replace(timestep_fraction=0.17).num_timesteps(6) == 1
+    assert preset("cocoedit").num_timesteps(1) == 1

@@ -8,6 +8,7 @@ import pytest
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.train import compare as comparison
 from cocoedit_jax.train.compare import compare
+from cocoedit_jax.train.evaluate import Evaluation, mean_se
 
 CONFIG = """
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_compare(tiny_base, tiny_data, tmp_path, monkeypatch):
     (out / "fresh_5_8.json").write_text(json.dumps(other_base))
     with pytest.raises(UserError, match="change_inside of another base"):
         run(seeds=(1,))
+
+
+def test_standard_errors():
+    values = np.array([1.0, 2.0, 4.0, np.nan])
+    assert mean_se(values) == {"mean": pytest.approx(7 / 3), "se": pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)}
+    assert np.isnan(mean_se(np.array([1.0]))["se"]) and np.isnan(mean_se(np.array([]))["mean"])
+    base = Evaluation({"judge": np.array([1.0, 5.0, 3.0])}, [], [])
+    after = Evaluation({"judge": np.array([2.0, 7.0, 3.0])}, [], [])
+    paired = after.difference(base)["judge"]  # 1, 2, 0: the spread between records does not enter
+    assert paired == {"mean": pytest.approx(1), "se": pytest.approx(1 / 3**0.5)}
 
 
 def test_a_missing_configuration_is_named(tmp_path):

@@ -147,6 +147,15 @@ def test_another_configuration_cannot_resume(config, tiny_base, tiny_data, tmp_p
     [
         ("rollout.batch_size", 7, "rollout.batch_size=7.*divisor"),
         ("rollout.group_size", 1, "group_size=1.*at least 2"),
+        ("seed", -1, "seed=-1.*at least 0"),
+        ("train.learning_rate", 0.0, "learning_rate=0.0.*above 0"),
+        ("train.learning_rate", float("nan"), "learning_rate=nan"),
+        ("train.max_grad_norm", 0.0, "max_grad_norm=0.0"),
+        ("lora.alpha", -3, "lora.alpha=-3"),
+        ("max_unscored", -1.0, "max_unscored=-1.0"),
+        ("data.held_out", 0.0, "held_out=0.0"),
+        ("algorithm.tau_by_edit_type", {"recolour": (0.1, 0.2)}, "recolour.*is the type of no record"),
+        ("data.path", "no/such/folder", "no/such/folder"),
         ("train.micro_batch", 3, "train.micro_batch=3.*multiple of the 2"),
         ("rollout.groups", 1000, "records to train on"),
         ("model.kind", "sdxl", "model.kind='sdxl'.*'quickstart'"),
@@ -165,13 +174,26 @@ def test_bad_settings_are_refused_before_anything_runs(tiny_base, tiny_data, key
         build(tiny_config(tiny_base, tiny_data, **{**overrides, key: value}))
 
 
-def test_unknown_keys_are_refused(tiny_base, tiny_data, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=configs/quickstart.py", "--config.train.learning_rat=1"], "learning_rat"),
+        (["--config=configs/quickstart.py:cocoedit2"], "preset is 'cocoedit2'"),
+        (["--config=configs/nowhere.py"], "nowhere.py"),
+        (["--config=configs/quickstart.py", "--resume", "--run=no/such/run"], "nothing to resume"),
+        (["--config=configs/quickstart.py", "--unknown=1"], "unknown"),
+        (["--config=configs/quickstart.py", "stray"], "stray"),
+    ],
+    ids=["key", "preset", "file", "run", "flag", "argument"],
+)
+def test_a_wrong_command_line_gets_one_error(arguments, said):
     done = subprocess.run(
-        command(tiny_base, tiny_data, tmp_path / "run", "--config.train.learning_rat=1"),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", "launch.train", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env=environment(), timeout=120,
     )  # fmt: skip
-    assert done.returncode != 0 and "learning_rat" in done.stdout + done.stderr
-    assert not (tmp_path / "run").exists()
+    assert done.returncode != 0
+    assert "error: " in done.stderr and said in done.stderr and "Traceback" not in done.stderr
+    assert not (ROOT / "no").exists()
 
 
 def register(monkeypatch, name: str, answer) -> None:
@@ -200,3 +222,63 @@ def test_not_finite_stops_and_names_the_tensor(config, tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError, match="step 1: not finite: train/.*gradient of transformer_blocks/attn"):
         train(build(config), tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
+
+
+def test_a_reward_that_is_no_number_stops_the_run(config, tmp_path, monkeypatch):
+    from cocoedit_jax.rewards import registry
+
+    broken = lambda batch, cfg, judge: (np.full(len(batch.records), np.nan), np.ones(len(batch.records), bool))  # noqa: E731
+    monkeypatch.setitem(registry.REWARDS, "broken", broken)
+    config.algorithm.reward_weights.broken = 0.5
+    with pytest.raises(NonFiniteError, match="step 1: not finite: reward broken"):
+        train(build(config), tmp_path / "run")
+
+
+def test_bans_hold_survive_a_resume_and_the_old_policy_samples(tiny_base, tiny_data, tmp_path, monkeypatch):
+    """A judge that gives every edit of some records full marks solves them: they are never drawn again."""
+    from cocoedit_jax.train import loop
+
+    def solved(record_id: str) -> bool:
+        return int(record_id[-1]) % 2 == 0
+
+    register(
+        monkeypatch, "fond",
+        lambda r: JudgeScore(1.0 if solved(r.record_id) else float(np.clip(10 * r.edited.mean() - 4.5, 0, 1))),
+    )  # fmt: skip
+    drawn, sampled_by = [], []
+    collect = loop.collect
+
+    def spy(sampler, params, adapter, conditioning, plan, batch, *rest):
+        drawn.append(list(batch["id"]))
+        sampled_by.append(jax.device_get(adapter))
+        return collect(sampler, params, adapter, conditioning, plan, batch, *rest)
+
+    monkeypatch.setattr(loop, "collect", spy)
+    settings = {
+        "judge.name": "fond", "algorithm.ban": True, "rollout.groups": 6, "algorithm.ema_decay": 0.0,
+        "algorithm.pixel_psnr_max_db": 1.0, "algorithm.pixel_ssim_weight": 0.0,
+    }  # fmt: skip
+    run = tmp_path / "run"
+    train(build(tiny_config(tiny_base, tiny_data, **settings, **{"train.steps": 3})), run)
+    train(build(tiny_config(tiny_base, tiny_data, **settings, **{"train.steps": 5})), run, resume=True)
+    assert len(drawn) == 5
+    banned: set[str] = set()
+    for ids in drawn:
+        assert not banned & set(ids)
+        banned |= {i for i in ids if solved(i)}
+    assert read_metrics(run)[-1]["groups/banned"] == len(banned) > 0
+    # The first rollout's adapter changes nothing yet; the last one's is the old policy of step 4, not the trained one.
+    assert all(np.abs(x).max() == 0 for path, x in leaves(sampled_by[0]) if path.endswith("lora_B"))
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore((run / "checkpoints" / "4" / "state").resolve())
+    trees = (leaves(tree) for tree in (sampled_by[4], state["old"], state["theta"]))
+    for (path, used), (_, old), (_, theta) in zip(*trees, strict=True):
+        if path.endswith("lora_B"):
+            np.testing.assert_allclose(used, 2 * old, rtol=1e-6)  # alpha / rank
+            assert np.abs(old - theta).max() > 0
+
+
+def leaves(tree) -> list[tuple[str, np.ndarray]]:
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    named = (("/".join(str(k.key) for k in path), np.asarray(x)) for path, x in flat)
+    return sorted(named, key=lambda pair: pair[0])

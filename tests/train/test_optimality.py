@@ -112,6 +112,10 @@ def test_packing(invalid):
     # Every row carries its own sample, record and threshold.
     np.testing.assert_array_equal(step.x0.reshape(-1, n, 48)[valid], rollout.x0[rows[valid]])
     np.testing.assert_array_equal(step.conditioning.pooled.reshape(-1)[valid], plan.group[rows[valid]])
+    # The loss holds to the source where the mask is 0: 1 means keep.
+    np.testing.assert_array_equal(
+        step.preserve_latent.reshape(-1, SIZE, SIZE)[valid], 1 - batch["edit_mask"][plan.group[rows[valid]]]
+    )
     if invalid == "drop":
         assert not valid[count:].any()
 

@@ -8,6 +8,7 @@ from cocoedit_jax.data.groups import plan_samples
 from cocoedit_jax.models.quickstart import build_editor
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.rewards.judge import JudgeScore
+from cocoedit_jax.rewards.pixel import pixel_reward
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.rollout import RewardQueue, collect, make_sampler
 from tests.train.tiny import SIZE, random_params, tiny_quickstart
@@ -17,18 +18,22 @@ GRID = EDITOR.grid(SIZE, SIZE)
 GROUPS, K = 2, 8
 
 
-def roll(batch_size: int, devices: int):
+def random_batch():
     rng = np.random.default_rng(0)
-    params = random_params(EDITOR)
-    mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-    sampler = make_sampler(EDITOR, GRID, EDITOR.sigmas(2, GRID), "dpm2", mesh)
-    batch = {
+    return {
         "image": rng.random((GROUPS, SIZE, SIZE, 3)).astype(np.float32),
-        "edit_mask": (rng.random((GROUPS, SIZE, SIZE)) > 0.5).astype(np.float32),
+        "edit_mask": (rng.random((GROUPS, SIZE, SIZE)) > 0.8).astype(np.float32),
         "prompt": ["remove the red circle", "add a blue star"],
         "id": ["a", "b"],
         "extra": [{"number": 0}, {"number": 1}],
     }
+
+
+def roll(batch_size: int, devices: int):
+    params = random_params(EDITOR)
+    mesh = make_mesh({"data": -1}, jax.devices()[:devices])
+    sampler = make_sampler(EDITOR, GRID, EDITOR.sigmas(2, GRID), "dpm2", mesh)
+    batch = random_batch()
 
     def judge(requests):
         for request in requests:
@@ -51,6 +56,13 @@ def test_the_same_samples_in_any_batching_on_any_number_of_devices():
         other = roll(batch_size, devices)
         np.testing.assert_allclose(other.x0, reference.x0, atol=1e-5)
         np.testing.assert_allclose(other.rewards["pixel"], reference.rewards["pixel"], atol=1e-5)
+    # The pixel reward looks where the edit mask is 0.
+    group = plan_samples(np.arange(GROUPS), K).group
+    batch = random_batch()
+    expected = pixel_reward(
+        jnp.asarray(reference.images), batch["image"][group], 1 - batch["edit_mask"][group], preset("cocoedit")
+    )
+    np.testing.assert_allclose(reference.rewards["pixel"], expected.score, rtol=1e-5)
     # Scores stay with their images.
     np.testing.assert_allclose(reference.rewards["judge"], reference.images.mean((1, 2, 3)), rtol=1e-6)
     assert reference.reward_valid["judge"].all()

@@ -35,6 +35,20 @@ def test_another_run_is_refused(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["rate"] == 0.1
 
 
+def test_fewer_steps_than_taken_are_refused(tmp_path):
+    claim(tmp_path, config(steps=4), resume=False)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(UserError, match="has taken 4 steps; expected config.train.steps=3"):
+        claim(tmp_path, config(steps=3), resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 4
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run: cannot be written"):
+        claim(tmp_path / "file" / "run", config(), resume=False)
+
+
 def test_differences():
     assert differences({"a": {"b": 1}, "c": {}}, {"a": {"b": 2}, "d": 3}) == [
         "a.b: 1 then, 2 now", "c: {} then, None now", "d: None then, 3 now",

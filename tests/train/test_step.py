@@ -11,6 +11,7 @@ import pytest
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.editor import Conditioning
 from cocoedit_jax.models.quickstart import build_editor
+from cocoedit_jax.nft.objective import ObjectiveInputs, nft_objective
 from cocoedit_jax.nft.policy import blend
 from cocoedit_jax.nft.presets import PRESETS, preset
 from cocoedit_jax.sharding.mesh import batch_sharding, make_mesh, replicated
@@ -76,7 +77,7 @@ def scalars(count: int = NUM_MICRO * MICRO, num_micro: int = NUM_MICRO) -> StepS
 @functools.cache
 def program(name: str, sizes: tuple, devices: int, changes: tuple):
     """Settings, mesh and step function; compiled once for all tests that use them."""
-    cfg = preset(name).replace(timestep_fraction=0.7, **dict(changes))
+    cfg = preset(name).replace(**{"timestep_fraction": 0.7, **dict(changes)})
     mesh = make_mesh(dict(sizes), jax.devices()[:devices])
     return cfg, mesh, make_train_step(EDITOR, GRID, SIGMAS, cfg, LORA, OPTIMIZER, mesh)
 
@@ -129,6 +130,59 @@ def test_every_preset_steps_and_the_old_policy_follows(name):
         assert_trees_close(new.ema, blend(before.ema, new.theta, 0.5), 1e-6)
     else:
         assert new.ema is None
+
+
+def test_the_step_is_the_sum_over_samples_and_timesteps():
+    """Against a plain loop: every sample's own timesteps and noise, three policies, one mean over all."""
+    changes = {"kl_weight": 0.1, "train_at_pure_noise": True}
+    cfg, _, step, state, params = setup("cocoedit", {"data": 1}, devices=1, **changes)
+    batch, s = random_batch(token_r=False), scalars()
+    before = jax.device_get(state)
+    num = cfg.num_timesteps(3)
+
+    def loss(theta):
+        total = jnp.float32(0)
+        for row in range(NUM_MICRO):
+            rows = jax.tree.map(lambda x: jnp.asarray(x[row]), batch)  # noqa: B023
+            keys = [jax.random.split(jax.random.fold_in(s.key, n)) for n in np.asarray(batch.sample[row])]
+            times = [sample_timesteps(k[0], jnp.asarray(SIGMAS[:-1], jnp.float32), num, "permutation") for k in keys]
+            noises = [jax.random.normal(k[1], (num, *rows.x0.shape[1:])) for k in keys]
+            for i in range(num):
+                t, noise = jnp.stack([x[i] for x in times]), jnp.stack([x[i] for x in noises])
+                x_t = (1 - t[:, None, None]) * rows.x0 + t[:, None, None] * noise
+
+                def velocity(adapter, x_t=x_t, t=t, rows=rows):
+                    folded = None if adapter is None else lora.fold_scale(adapter, LORA)
+                    return EDITOR.velocity(params, folded, x_t, t, rows.conditioning, GRID)
+
+                out = nft_objective(
+                    ObjectiveInputs(
+                        x0=rows.x0, x_t=x_t, source=rows.conditioning.source, t=t, v_old=velocity(before.old),
+                        v_theta=velocity(theta), v_ref=velocity(None), preserve_latent=rows.preserve_latent, r=rows.r,
+                        tau_pos=rows.tau_pos, tau_neg=rows.tau_neg, patch=GRID.patch,
+                    ), cfg,
+                )  # fmt: skip
+                total += out.loss.sum() / (num * NUM_MICRO * MICRO)
+        return total
+
+    expected, gradient = jax.jit(jax.value_and_grad(loss))(before.theta)
+    new, metrics, _ = run("cocoedit", {"data": 1}, devices=1, **changes)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert metrics["kl"] > 1e-3 and metrics["deviation_old"] > 0
+    norm = np.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-4)
+    clipped = jax.tree.map(lambda g: np.asarray(g) * np.float32(0.1 * min(1.0, 1.0 / norm)), gradient)  # (1 - beta_1)
+    assert_trees_close(new.opt_state[1][0].mu, clipped, 1e-4)
+
+
+def test_pure_noise_is_left_out_unless_asked_for():
+    """At t = 1 the sampled latent is gone from x_t, and the error of predicting it largest."""
+    assert SIGMAS[0] == 1
+    errors = {}
+    for flag in (True, False):
+        _, metrics, _ = run("cocoedit", {"data": 1}, devices=1, train_at_pure_noise=flag, timestep_fraction=1.0)
+        errors[flag] = float(metrics["x0_error"])
+    assert errors[False] < 0.95 * errors[True]
 
 
 def test_samples_left_out_do_not_count():

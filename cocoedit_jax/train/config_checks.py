@@ -1,0 +1,97 @@
+"""Which values a configuration may have. Everything that can be refused is refused before anything is computed."""
+
+import math
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.flow.solvers import SOLVERS
+from cocoedit_jax.models.attention import BACKENDS
+from cocoedit_jax.models.flux import REMAT_POLICIES
+from cocoedit_jax.nft.presets import NFTConfig
+from cocoedit_jax.rewards.registry import weighted_rewards
+from cocoedit_jax.sharding.mesh import DATA
+
+# key -> smallest whole number
+WHOLE = {
+    "seed": 0, "data.resolution": 1, "data.generate": 0, "rollout.groups": 1, "rollout.group_size": 2,
+    "rollout.batch_size": 1, "rollout.steps": 1, "train.steps": 1, "train.micro_batch": 1, "lora.rank": 1,
+    "evaluation.scenes": 1, "evaluation.batch_size": 1, "evaluation.every": 1, "evaluation.every_scenes": 1,
+    "evaluation.steps": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
+}  # fmt: skip
+# key -> bounds of a number, and whether it may reach the lower one
+NUMBERS = {
+    "train.learning_rate": (0.0, math.inf, False),
+    "train.weight_decay": (0.0, math.inf, True),
+    "train.max_grad_norm": (0.0, math.inf, False),
+    "lora.alpha": (0.0, math.inf, False),
+    "data.held_out": (0.0, 0.999, False),
+    "max_unscored": (0.0, 1.0, True),
+}
+BOOLEANS = ("data.strict",)
+
+
+def value_of(config: ConfigDict, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _problem(config: ConfigDict, key: str, expected: str) -> str:
+    return f"config.{key}={value_of(config, key)!r}; expected {expected}"
+
+
+def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTConfig:
+    """The algorithm settings of a usable configuration; ``kinds`` are the editors there are.
+
+    Raises:
+        UserError: naming every key that is not usable, its value and what is expected.
+    """
+    choices = {
+        "model.kind": kinds,
+        "model.remat": tuple(REMAT_POLICIES),
+        "model.attention": ("auto", *BACKENDS),
+        "rollout.solver": tuple(SOLVERS),
+        "evaluation.solver": tuple(SOLVERS),
+        "data.crop": ("center", "buckets"),
+    }
+    problems = [
+        _problem(config, key, f"one of {sorted(allowed)}")
+        for key, allowed in choices.items()
+        if value_of(config, key) not in allowed
+    ]
+    for key, low in WHOLE.items():
+        value = value_of(config, key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            problems.append(_problem(config, key, f"a whole number, at least {low}"))
+    for key, (low, high, closed) in NUMBERS.items():
+        value = value_of(config, key)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not (low <= value <= high) or (value == low and not closed):
+            problems.append(_problem(config, key, f"a number {'from' if closed else 'above'} {low:g} to {high:g}"))
+    problems += [
+        _problem(config, key, "true or false") for key in BOOLEANS if not isinstance(value_of(config, key), bool)
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    samples, shards = config.rollout.groups * config.rollout.group_size, mesh.shape[DATA]
+    if samples % config.rollout.batch_size:
+        problems.append(
+            _problem(
+                config, "rollout.batch_size", f"a divisor of the {samples} samples of a step (groups x group_size)"
+            )
+        )
+    problems += [
+        _problem(config, key, f"a multiple of the {shards} data shards")
+        for key in ("rollout.batch_size", "train.micro_batch", "evaluation.batch_size")
+        if value_of(config, key) % shards
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    algorithm = NFTConfig.from_dict(config.algorithm.to_dict())
+    weighted_rewards(algorithm)
+    return algorithm

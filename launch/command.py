@@ -13,7 +13,10 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        sys.exit(f"error: {error}\nPass --help for the options.")
+        # ml_collections puts the whole traceback of a configuration file into the message; its end says what is wrong.
+        first, *rest = [line for line in str(error).splitlines() if line.strip()]
+        last = rest[-1].rpartition("errors.UserError: ")[2] if rest else ""
+        sys.exit(f"error: {first.removesuffix(' Error whilst parsing config file:')} {last}".rstrip())
     except UserError as error:
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -30,6 +33,11 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
         try:
             main(argv)
+        except OSError as error:
+            # A configuration file that is not there is reported by ml_collections when it is first used.
+            if not str(error).startswith("Configuration is not available"):
+                raise
+            sys.exit(f"error: --config: {str(error).strip().splitlines()[-1].strip()}")
         except (UserError, FloatingPointError) as error:
             sys.exit(f"error: {error}")
 

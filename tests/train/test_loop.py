@@ -243,7 +243,7 @@ def test_bans_hold_survive_a_resume_and_the_old_policy_samples(tiny_base, tiny_d
 
     register(
         monkeypatch, "fond",
-        lambda r: JudgeScore(1.0 if solved(r.record_id) else float(np.clip(10 * r.edited.mean() - 4.5, 0, 1))),
+        lambda r: JudgeScore(1.0 if solved(r.record_id) else float(1000 * r.edited.mean() % 1)),
     )  # fmt: skip
     drawn, sampled_by = [], []
     collect = loop.collect

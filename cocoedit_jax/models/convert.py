@@ -16,7 +16,7 @@ from flax import linen as nn
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import flux, orbax_weights
 from cocoedit_jax.models.hub import resolve_model
-from cocoedit_jax.models.sharded_weights import STORED, save_sharded
+from cocoedit_jax.models.sharded_weights import STORED, save_sharded, unstacked
 from cocoedit_jax.reporting.telemetry import write_json
 
 FORMS = ("orbax", "diffusers")
@@ -100,7 +100,7 @@ def convert(
     if not component.is_dir():
         raise UserError(f"{root}: no folder {COMPONENT!r} in it; expected a model folder as diffusers saves it")
     config = orbax_weights.read_config(component)
-    abstract = nn.unbox(abstract_transformer(config))
+    abstract = unstacked(nn.unbox(abstract_transformer(config)))  # stacking would only be undone
     with whole_folder(target) as draft:
         room, need = (
             shutil.disk_usage(draft).free,

@@ -1,4 +1,7 @@
-"""Weights as an Orbax checkpoint: stacked arrays as the model holds them, restored onto any mesh without rearranging.
+"""Weights as an Orbax checkpoint that restores onto any mesh, every device reading only its part.
+
+Layers are arrays of their own in it: saving and restoring then needs memory for a few layers beyond the weights, where
+stacks of them, of up to 3.6 GB in FLUX.1, would be in memory twice.
 
 A component folder in this form holds ``cocoedit_weights.json`` (format version, the model's own configuration) and the
 checkpoint ``arrays``. ``load_params`` reads it and diffusers' form alike.
@@ -18,20 +21,30 @@ import orbax.checkpoint as ocp
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import weights
-from cocoedit_jax.models.sharded_weights import STORED, load_sharded, sharding_of
+from cocoedit_jax.models.sharded_weights import (
+    assemble,
+    layer_path,
+    leaf_dtypes,
+    load_sharded,
+    sharding_of,
+    unstacked,
+)
 from cocoedit_jax.reporting import telemetry
 
 MANIFEST, ARRAYS = "cocoedit_weights.json", "arrays"
 FORMAT, VERSION = "orbax", 1
-# A device reads whole chunks, so they must be smaller than its part of a stack of layers.
-_CHUNK = 32 * 2**20
-_BATCH = 2**30  # bytes restored in one call
+# A device reads whole chunks, so they must be smaller than its part of an array.
+_CHUNK = 8 * 2**20
+_BATCH = 512 * 2**20  # bytes restored in one call
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(tree: Any) -> ocp.Checkpointer:
+    """For arrays or shapes like those of ``tree``. Orbax refuses a limit below what it moves at once."""
+    largest = max((math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)), default=0)
+    limit = 1 + 4 * largest // 10**9  # GB, if stored as float32
     # Not compressed: bfloat16 weights hardly shrink.
     return ocp.Checkpointer(
-        ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=1, restore_concurrent_gb=1)
+        ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=limit, restore_concurrent_gb=limit)
     )
 
 
@@ -66,12 +79,13 @@ def save_orbax(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any
     """Writes ``params`` into ``folder``, which exists; the manifest, without which it is not read, comes last.
 
     Args:
-        params: nested dict of arrays, sharded in any way.
+        params: nested dict of JAX arrays, sharded in any way. Stacks of layers are copied; ``unstacked`` trees are not.
         config: the model's ``config.json``, kept as it is.
     """
+    params = unstacked(params)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), params)
-    with _growth(folder, total), _checkpointer() as checkpointer:
+    with _growth(folder, total), _checkpointer(params) as checkpointer:
         checkpointer.save((folder / ARRAYS).resolve(), args=ocp.args.PyTreeSave(params, save_args=args))
     telemetry.write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, "config": dict(config)})
 
@@ -108,16 +122,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error}); expected the model's configuration, as JSON") from error
 
 
-def _batches(sizes: Mapping[tuple[str, ...], int]) -> list[list[tuple[str, ...]]]:
-    batches, held = [[]], 0
-    for path, size in sizes.items():
-        if batches[-1] and held + size > _BATCH:
-            batches, held = [*batches, []], 0
-        batches[-1].append(path)
-        held += size
-    return batches
-
-
 def load_orbax(folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None) -> dict[str, Any]:
     """Parameters that ``save_orbax`` wrote; arguments and result as those of ``sharded_weights.load_sharded``.
 
@@ -129,40 +133,58 @@ def load_orbax(folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None) 
     _manifest(folder)
     path = (folder / ARRAYS).resolve()
     flat = weights.flatten(abstract)
-    with _checkpointer() as checkpointer:
+    # {path in the checkpoint: (leaf, layer)}
+    homes = {layer_path(s.path, s.layer): (s.path, s.layer) for s in weights.tensor_specs(abstract).values()}
+    parts = weights.flatten(unstacked(jax.tree.map(_shape, abstract)))
+    with _checkpointer(parts) as checkpointer:
         try:
             metadata: Any = checkpointer.metadata(path)
             found = weights.flatten(metadata.item_metadata.tree)
         except Exception as error:  # of many kinds, and None where the arrays' metadata cannot be read
             raise UserError(f"{path}: not a readable Orbax checkpoint ({error})") from error
-        specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in flat.items()}
-        weights.refuse(str(path), weights.misfits(specs, {".".join(p): tuple(x.shape) for p, x in found.items()}))
+        specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in parts.items()}
+        problems = weights.misfits(specs, {".".join(p): tuple(x.shape) for p, x in found.items()})
+        stored = ((home[0], np.dtype(found[part].dtype)) for part, home in homes.items() if part in found)
+        dtypes, mixed = leaf_dtypes(flat, dtype, stored)
+        weights.refuse(str(path), problems + mixed)
 
-        targets: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
-        for name, leaf in flat.items():
-            kind = found[name].dtype if dtype == STORED else leaf.dtype if dtype is None else dtype
-            targets[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=sharding_of(leaf))
-        sizes = {name: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for name, leaf in targets.items()}
-        out: dict[tuple[str, ...], jax.Array] = {}
-        total = sum(sizes.values())
-        with telemetry.progress(
-            total, f"load {folder.name}", "B", process_index=jax.process_index(), scale=True
-        ) as bar:
+        def arrivals() -> Iterator[tuple[tuple[str, ...], int | None, jax.Array, int]]:
+            sizes = {part: math.prod(found[part].shape) * np.dtype(found[part].dtype).itemsize for part in parts}
             for batch in _batches(sizes):
-                item = weights.unflatten({name: targets[name] for name in batch})
-                args = jax.tree.map(
-                    lambda x: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape), item
-                )
-                try:
-                    restored = checkpointer.restore(
-                        path, args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
-                    )
-                except Exception as error:  # Orbax raises plain Exception around what TensorStore reports
-                    reason = str(error.__cause__ or error)[:300]
-                    raise UserError(f"{path}: cannot be restored ({reason})") from error
-                out |= weights.flatten(restored)
-                bar.update(sum(sizes[name] for name in batch))
-    return weights.unflatten({name: out[name] for name in flat})
+                restored = _restore(checkpointer, path, {part: (parts[part], found[part].dtype) for part in batch})
+                for part in batch:
+                    yield *homes[part], restored.pop(part), sizes[part]
+
+        total = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in found.values())
+        return assemble(flat, dtypes, arrivals(), total, folder.name)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
+
+
+def _batches(sizes: Mapping[tuple[str, ...], int]) -> list[list[tuple[str, ...]]]:
+    batches, held = [[]], 0
+    for path, size in sizes.items():
+        if batches[-1] and held + size > _BATCH:
+            batches, held = [*batches, []], 0
+        batches[-1].append(path)
+        held += size
+    return batches
+
+
+def _restore(checkpointer: ocp.Checkpointer, path: Path, parts: Mapping[tuple[str, ...], Any]) -> dict[Any, jax.Array]:
+    """Some arrays of the checkpoint, {path: (where, stored dtype)}, in the dtype in which they are stored."""
+    item = {p: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding) for p, (leaf, dtype) in parts.items()}
+    args = {p: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype, global_shape=x.shape) for p, x in item.items()}
+    item, args = weights.unflatten(item), weights.unflatten(args)
+    try:
+        restored = checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(item, restore_args=args, partial_restore=True)
+        )
+    except Exception as error:  # Orbax raises plain Exception around what TensorStore reports
+        raise UserError(f"{path}: cannot be restored ({str(error.__cause__ or error)[:300]})") from error
+    return weights.flatten(restored)
 
 
 def load_params(source: Path, abstract: Mapping[str, Any], *, dtype: Any = None) -> dict[str, Any]:

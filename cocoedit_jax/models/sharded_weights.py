@@ -8,7 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,25 +102,21 @@ class _Piece:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, list(arrays.values()))
 
 
-def _leaf_dtypes(
-    specs: Mapping[str, weights.Spec],
-    tensors: Mapping[str, StoredTensor],
-    flat: Mapping[tuple[str, ...], Any],
-    dtype: Any,
+def leaf_dtypes(
+    flat: Mapping[tuple[str, ...], Any], dtype: Any, stored: Iterable[tuple[tuple[str, ...], np.dtype]]
 ) -> tuple[dict[tuple[str, ...], np.dtype], list[str]]:
-    """Dtype of every leaf, and the stacks whose layers are stored in several."""
-    if dtype != STORED:
+    """Dtype of every leaf: ``dtype``, or its own if that is None, or as stored; and the stacks stored in several."""
+    if not (isinstance(dtype, str) and dtype == STORED):
         return {path: np.dtype(leaf.dtype if dtype is None else dtype) for path, leaf in flat.items()}, []
     found: dict[tuple[str, ...], set[np.dtype]] = {}
-    for name, spec in specs.items():
-        if name in tensors:
-            found.setdefault(spec.path, set()).add(tensors[name].dtype)
+    for path, kind in stored:
+        found.setdefault(path, set()).add(kind)
     mixed = [
-        f"mixed dtypes: {'.'.join(path)} is stored as {sorted(map(str, dtypes))}; give the dtype to load as"
-        for path, dtypes in found.items()
-        if len(dtypes) > 1
+        f"mixed dtypes: {'.'.join(path)} is stored as {sorted(map(str, kinds))}, expected one; or give the dtype wanted"
+        for path, kinds in found.items()
+        if len(kinds) > 1
     ]
-    return {path: min(dtypes, key=str) for path, dtypes in found.items()}, mixed
+    return {path: min(kinds, key=str) for path, kinds in found.items()}, mixed
 
 
 def load_sharded(
@@ -145,7 +141,8 @@ def load_sharded(
     found = safetensors_folder.scan(source)
     specs, flat = weights.tensor_specs(abstract), weights.flatten(abstract)
     problems = weights.misfits(specs, {n: t.shape for n, t in found.tensors.items()}, found.lost)
-    dtypes, mixed = _leaf_dtypes(specs, found.tensors, flat, dtype)
+    stored = ((spec.path, found.tensors[name].dtype) for name, spec in specs.items() if name in found.tensors)
+    dtypes, mixed = leaf_dtypes(flat, dtype, stored)
     weights.refuse(str(source), found.problems + problems + mixed, "problem(s) with the weights")
 
     pieces = []
@@ -155,20 +152,38 @@ def load_sharded(
         pieces.append(_Piece(found.tensors[name], path, layer, sharding, weights.torch_axes(path[-1], len(shape))))
     # In the order of the files, which is also the same in every process.
     pieces.sort(key=lambda piece: (piece.tensor.file, piece.tensor.offset))
+    arrivals = ((piece.path, piece.layer, loaded, piece.nbytes) for piece, loaded in _read_ahead(pieces, read_ahead))
+    return assemble(flat, dtypes, arrivals, sum(piece.nbytes for piece in pieces), source.name)
+
+
+def assemble(
+    flat: Mapping[tuple[str, ...], Any],
+    dtypes: Mapping[tuple[str, ...], np.dtype],
+    arrivals: Iterable[tuple[tuple[str, ...], int | None, jax.Array, int]],
+    total: int,
+    name: str,
+) -> dict[str, Any]:
+    """Casts what arrives and puts layers into their stacks, with a progress bar.
+
+    Args:
+        flat: {path: ShapeDtypeStruct or array} to fill.
+        dtypes: what every leaf is cast to.
+        arrivals: (path, layer or None, array placed as the leaf or its layer is, bytes read for it), of every leaf.
+        total: bytes to read in all.
+        name: of the source, for the progress bar.
+    """
     arrays: dict[tuple[str, ...], jax.Array] = {}
-    total = sum(piece.nbytes for piece in pieces)
-    with telemetry.progress(total, f"load {source.name}", "B", process_index=jax.process_index(), scale=True) as bar:
-        for piece, loaded in _read_ahead(pieces, read_ahead):
-            leaf, target = flat[piece.path], dtypes[piece.path]
-            empty, place, cast = _programs(tuple(leaf.shape), target, sharding_of(leaf))
-            if piece.layer is None:
-                array = loaded if loaded.dtype == target else cast(loaded)
+    with telemetry.progress(total, f"load {name}", "B", process_index=jax.process_index(), scale=True) as bar:
+        for path, layer, loaded, nbytes in arrivals:
+            empty, place, cast = _programs(tuple(flat[path].shape), dtypes[path], sharding_of(flat[path]))
+            if layer is None:
+                array = loaded if loaded.dtype == dtypes[path] else cast(loaded)
             else:
-                stack = arrays[piece.path] if piece.path in arrays else empty()
-                array = place(stack, loaded, np.int32(piece.layer))
+                array = place(arrays[path] if path in arrays else empty(), loaded, np.int32(layer))
             # Waited for, so that what was read is free before more is.
-            arrays[piece.path] = jax.block_until_ready(array)
-            bar.update(piece.nbytes)
+            arrays[path] = jax.block_until_ready(array)
+            del loaded
+            bar.update(nbytes)
     return weights.unflatten({path: arrays[path] for path in flat})
 
 
@@ -190,10 +205,34 @@ def _read_ahead(pieces: list[_Piece], budget: int) -> Iterator[tuple[_Piece, jax
         pool.shutdown(cancel_futures=True)
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _layer(stack: jax.Array, layer: jax.Array, axis: int = 0) -> jax.Array:
+@jax.jit
+def _layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(stack, _BITS[stack.dtype.itemsize])
-    return lax.bitcast_convert_type(lax.dynamic_index_in_dim(bits, layer, axis, keepdims=False), stack.dtype)
+    return lax.bitcast_convert_type(lax.dynamic_index_in_dim(bits, layer, keepdims=False), stack.dtype)
+
+
+def _take_layer(stack: Any, layer: int) -> Any:
+    if isinstance(stack, jax.ShapeDtypeStruct):
+        sharding = None if stack.sharding is None else _drop_layers(stack.sharding)
+        return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=sharding)
+    return stack[layer] if isinstance(stack, np.ndarray) else _layer(stack, np.int32(layer))
+
+
+def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with its stacks of blocks taken apart: ``transformer_blocks.3`` instead of row 3 of every leaf in
+    ``transformer_blocks``. Tensors keep their names in files. Layers of JAX arrays are copies."""
+    flat = {}
+    for path, leaf in weights.flatten(tree).items():
+        if path[0] in weights.STACKED:
+            flat |= {layer_path(path, i): _take_layer(leaf, i) for i in range(leaf.shape[0])}
+        else:
+            flat[path] = leaf
+    return weights.unflatten(flat)
+
+
+def layer_path(path: tuple[str, ...], layer: int | None) -> tuple[str, ...]:
+    """Path in the unstacked tree."""
+    return path if layer is None else (f"{path[0]}.{layer}", *path[1:])
 
 
 def save_sharded(folder: Path, params: Mapping[str, Any], *, max_shard_size: int = 5 * 10**9) -> None:
@@ -201,7 +240,7 @@ def save_sharded(folder: Path, params: Mapping[str, Any], *, max_shard_size: int
 
     Args:
         folder: exists. The files in it are not complete before this returns.
-        params: nested dict of arrays, all addressable by this process; bfloat16, float16 or float32.
+        params: nested dict of arrays, stacked or not, all addressable by this process; bfloat16, float16 or float32.
         max_shard_size: bytes of tensors in one file.
     """
     specs, flat = weights.tensor_specs(params), weights.flatten(params)
@@ -209,7 +248,7 @@ def save_sharded(folder: Path, params: Mapping[str, Any], *, max_shard_size: int
 
     def fetch(name: str) -> np.ndarray:
         path, layer, shape = specs[name]
-        leaf = flat[path] if layer is None else _layer(flat[path], np.int32(layer))
+        leaf = flat[path] if layer is None else _take_layer(flat[path], layer)
         tensor = np.asarray(leaf).transpose(weights.torch_axes(path[-1], len(shape)))
         return np.ascontiguousarray(tensor).reshape(shape)  # NumPy makes a scalar contiguous as [1]
 

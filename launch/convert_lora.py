@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --to={_TO.value}: {error}")
     if unread := unread_by_diffusers(found.layers, _FORMAT.value):
         print(f"note: diffusers leaves these out of {_FORMAT.value} files: {', '.join(unread)}", file=sys.stderr)
     print(f"wrote {file}: {_FORMAT.value}, {_DTYPE.value}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
+from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora_files
 from cocoedit_jax.models.lora_formats import DTYPES, FORMATS, unread_by_diffusers
 from launch import command
@@ -37,10 +38,13 @@ def main(argv: list[str]) -> None:
     print(describe(found))
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    file = lora_files.write_lora(
-        Path(_TO.value), found.layers, found.config, _FORMAT.value,
-        dtype=_DTYPE.value, info=found.header, overwrite=_OVERWRITE.value,
-    )  # fmt: skip
+    try:
+        file = lora_files.write_lora(
+            Path(_TO.value), found.layers, found.config, _FORMAT.value,
+            dtype=_DTYPE.value, info=found.header, overwrite=_OVERWRITE.value,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"--to={_TO.value}: {error}") from error
     if unread := unread_by_diffusers(found.layers, _FORMAT.value):
         print(f"note: diffusers leaves these out of {_FORMAT.value} files: {', '.join(unread)}", file=sys.stderr)
     print(f"wrote {file}: {_FORMAT.value}, {_DTYPE.value}")

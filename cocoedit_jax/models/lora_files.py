@@ -128,6 +128,8 @@ def read_lora(path: Path, format: str | None = None, *, alpha: float | None = No
     Raises:
         UserError: nothing readable there, or keys that are not a plain LoRA's, all named together.
     """
+    if alpha is not None and not 0 < alpha < np.inf:
+        raise UserError(f"alpha={alpha}; expected a number above 0")
     file = _locate(Path(path))
     tensors, header = weights.load_safetensors(file)
     detected, prefix = detect(str(file), tensors.keys(), format)
@@ -259,15 +261,18 @@ def write_lora(
     if peft and path.suffix == ".safetensors":
         raise UserError(f"{path}: format peft is a folder with {PEFT_FILE} and {PEFT_CONFIG}; expected a folder's name")
     file = path if path.suffix == ".safetensors" else path / (PEFT_FILE if peft else DIFFUSERS_FILE)
-    in_the_way = [f for f in (file, file.parent / PEFT_CONFIG) if f.exists() and (f == file or peft)]
+    config = file.parent / PEFT_CONFIG
+    in_the_way = [f for f in ((file, config) if peft else (file,)) if f.exists()]
     if in_the_way and not overwrite:
         raise UserError(f"{', '.join(map(str, in_the_way))}: exists; add --overwrite, or name another place")
     tensors = encode(layers, format, dtype)
     header = {METADATA_KEY: json.dumps(_diffusers_fields(cfg))} if format == "diffusers" else {}
     file.parent.mkdir(parents=True, exist_ok=True)
+    if peft:
+        config.unlink(missing_ok=True)  # new tensors must not be read with an old alpha
     weights.save_safetensors(file, tensors, {**(info or {}), **header, "format": "pt"})
     if peft:
-        weights.save_text(file.parent / PEFT_CONFIG, json.dumps(_peft_config(cfg), indent=1) + "\n")
+        weights.save_text(config, json.dumps(_peft_config(cfg), indent=1) + "\n")
     return file
 
 

@@ -91,8 +91,8 @@ def _pairs(tensors: Mapping[str, np.ndarray], prefix: str, problems: list[str]) 
         a, b, alpha = found.get("a"), found.get("b"), found.get("alpha")
         if a is None or b is None:
             problems += [f"{key}: its other half is missing" for key, _ in found.values()]
-        elif a[1].shape[0] != b[1].shape[1]:
-            problems.append(f"{a[0]}, {b[0]}: ranks {a[1].shape[0]} and {b[1].shape[1]}; expected the same")
+        elif not a[1].shape[0] == b[1].shape[1] > 0:
+            problems.append(f"{a[0]}, {b[0]}: ranks {a[1].shape[0]} and {b[1].shape[1]}; expected the same, above 0")
         else:
             pairs[name] = LowRank(a[1], b[1], float(alpha[1].item()) if alpha else np.nan)
     return pairs

@@ -39,7 +39,7 @@ def _facts(cfg: LoraConfig, num_layers: int, base: str, info: Mapping[str, str])
 def _rewards(info: Mapping[str, str]) -> str:
     weights = {k.removeprefix(_WEIGHT): v for k, v in info.items() if k.startswith(_WEIGHT)}
     reached = {k.removeprefix(_REWARD): v for k, v in info.items() if k.startswith(_REWARD)}
-    names = [*weights, *(name for name in reached if name not in weights)]
+    names = [*weights, *({"total"} & reached.keys())]  # reached also holds spreads
     if not names:
         return "No rewards are recorded."
     rows = [f"| {_cell(name)} | {weights.get(name, '')} | {reached.get(name, 'not measured')} |" for name in names]
@@ -69,13 +69,21 @@ the picture and the instruction, no mask.
 
 ## Use
 
-diffusers takes rank and alpha from the file's header:
+In CoCoEdit-JAX:
+
+```python
+from cocoedit_jax.models.lora_files import load_lora
+
+adapter, config = load_lora("FOLDER")  # this folder
+```
+
+diffusers, where the base model is a FLUX pipeline, takes rank and alpha from the file's header:
 
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({json.dumps(base)})
-pipe.load_lora_weights("FOLDER")  # this folder
+pipe = DiffusionPipeline.from_pretrained({json.dumps(base if "/" in base else "BASE")})
+pipe.load_lora_weights("FOLDER")
 ```
 
 PEFT, on the transformer alone:

@@ -146,6 +146,8 @@ def test_unmatched_keys_are_named_together(trained, default, tmp_path):
         tensors[f"{block}.to_q.lora_C.weight"] = tensors[f"{block}.to_q.lora_A.weight"]
         del tensors[f"{block}.to_k.lora_A.weight"]
         tensors[f"{block}.to_v.lora_A.weight"] = np.ones((3, 48), np.float32)
+        for half, shape in (("A", (0, 48)), ("B", (48, 0))):
+            tensors[f"{block}.to_q.lora_{half}.weight"] = np.ones(shape, np.float32)
         tensors[f"{block}.to_out.0.lora_B.weight"] = np.full((48, 4), np.nan, np.float32)
         tensors["transformer.transformer_blocks.attn.to_q.lora_A.weight"] = np.ones((2, 2), np.float32)
         tensors["transformer.transformer_blocks.attn.to_q.lora_B.weight"] = np.ones((2, 2), np.float32)
@@ -159,6 +161,7 @@ def test_unmatched_keys_are_named_together(trained, default, tmp_path):
         f"{block}.to_q.lora_C.weight",
         f"{block}.to_k.lora_B.weight: its other half is missing",
         f"{block}.to_v.lora_A.weight, {block}.to_v.lora_B.weight: ranks 3 and 4; expected the same",
+        f"{block}.to_q.lora_A.weight, {block}.to_q.lora_B.weight: ranks 0 and 0; expected the same, above 0",
         f"{block}.to_out.0.lora_B.weight: not finite",
         "transformer_blocks.attn.to_q: module name",
     ):
@@ -257,6 +260,9 @@ def test_unreadable_configuration_and_other_files(trained, default, tmp_path):
         lora_files.read_lora(tmp_path, "lycoris")
     with pytest.raises(UserError, match="header records alpha"):
         lora_files.read_lora(tmp_path, "diffusers-baked")
+    for alpha in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="alpha=.*; expected a number above 0"):
+            lora_files.read_lora(tmp_path, alpha=alpha)
     rewrite(tmp_path, dict.clear)
     with pytest.raises(UserError, match="no LoRA of FLUX in any known format; it holds no tensors"):
         lora_files.load_lora(tmp_path)

@@ -11,6 +11,7 @@ INFO = {
     "reward_weight/pixel": "0.2",
     "reward/judge": "0.6100",
     "reward/total": "0.5900",
+    "reward/std": "0.1234",
 }
 
 
@@ -52,6 +53,7 @@ def test_what_a_reader_needs():
         "base model's licence",
     ):
         assert part in text, part
+    assert "0.1234" not in text
     other = model_card.write(LoraConfig(2, 1, ("x_embedder",)), 1, {"preset": "a|b"})
     for part in (
         "1 linear layers: x_embedder",

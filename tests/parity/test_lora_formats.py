@@ -238,6 +238,8 @@ def test_names_at_real_depth(torch_side):
 
 def test_a_file_of_kohyas_trainer_acts_the_same_in_both(double_blocks, tmp_path, log):
     """Dense fused projections, an alpha per layer and two ranks, none of it made by our code."""
+    from peft import PeftModel
+
     rng, tensors, width = np.random.default_rng([SEED, 2]), {}, double_blocks.config.hidden
     for i in range(2):
         for name, rows, columns, rank in (("img_attn_qkv", 3, 1, 4), ("txt_attn_qkv", 3, 1, 5), ("img_mlp_0", 4, 1, 4),
@@ -253,9 +255,18 @@ def test_a_file_of_kohyas_trainer_acts_the_same_in_both(double_blocks, tmp_path,
     assert config.rank == 5
     pipe = build_pipeline(double_blocks.reference)
     pipe.load_lora_weights(path)
-    assert not log()
-    assert_same_effects(adapter_effects(pipe.transformer, "default_0"), effects(adapter, config))
+    expected = effects(adapter, config)
+    assert_same_effects(adapter_effects(pipe.transformer, "default_0"), expected)
     assert relative_error(with_adapter(double_blocks, adapter, config), double_blocks.run_reference()) < FORWARD
+
+    pipe.unload_lora_weights()
+    for format in ("diffusers", "comfyui"):  # and converted
+        pipe.load_lora_weights(write(tmp_path / format, adapter, config, format), adapter_name=format)
+        assert_same_effects(adapter_effects(pipe.transformer, format), expected)
+        pipe.delete_adapters(format)
+    assert not log()
+    model = PeftModel.from_pretrained(double_blocks.fresh_reference(), write(tmp_path, adapter, config, "peft").parent)
+    assert_same_effects(adapter_effects(model, "default"), expected)
 
 
 def test_files_of_peft_and_diffusers_with_patterns(double_blocks, tmp_path):

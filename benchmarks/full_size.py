@@ -48,7 +48,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     traced = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     found = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
     return {
         "settings": vars(args),

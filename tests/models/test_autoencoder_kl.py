@@ -152,7 +152,7 @@ def test_the_editor_takes_it(params):
     editor = dataclasses.replace(quickstart, autoencoder=autoencoder)
     variables = nn.unbox(jax.jit(editor.init)(jax.random.key(0))) | {"autoencoder": params}
     images, grid = draw_images(2, 8, 12), editor.grid(8, 12)
-    conditioning = jax.jit(editor.encode)(variables, images, editor.tokenize(["red", "red red"]))
+    conditioning = jax.jit(editor.encode)(variables, images, editor.text_inputs(["red", "red red"]))
     assert conditioning.source.shape == (2, 6, 12)
     decoded = jax.jit(lambda v, x: editor.decode(v, x, grid))(variables, conditioning.source)
     expected = jax.jit(lambda p, x: autoencoder.decode(p, autoencoder.encode(p, x)))(params, images)

@@ -24,6 +24,8 @@ from cocoedit_jax.reporting.measures import (
 from cocoedit_jax.reporting.pictures import COLORS, THEMES, figure_bytes, style_axes
 
 _BY_NAME = {measure.name: measure for measure in MEASURES}
+# The PSNR of equal pictures. A row there (the source pasted back) would squeeze all others into one line of the plot.
+_PSNR_CAP = 80.0
 _TITLE = "Presets on the same fresh scenes"
 
 
@@ -151,7 +153,7 @@ def _markdown(
 
 
 def tradeoff(result: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]], theme: str = "light") -> bytes:
-    """Judge score against PSNR, PNG: base, a mean and its seeds for each preset.
+    """Judge score against PSNR, PNG: base, a mean and its seeds for each preset; without rows at the cap of PSNR.
 
     Error bars: standard error over scenes.
     """
@@ -169,7 +171,7 @@ def tradeoff(result: Mapping[str, Any], presets: Mapping[str, Mapping[str, Any]]
     for color, (name, seeds) in zip(COLORS * len(presets), presets.items(), strict=False):
         each = [[value_of(seed.get("trained"), m.name) for m in (x, y)] for seed in seeds.values()]
         points = np.asarray([pair for pair in each if np.isfinite(pair).all()], np.float64).reshape(-1, 2)
-        if not len(points):
+        if not len(points) or points[:, 1].min() >= _PSNR_CAP:
             continue
         if len(points) > 1:
             axes.scatter(points[:, 0], points[:, 1], s=12, color=color, alpha=0.5, linewidths=0, zorder=3)

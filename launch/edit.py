@@ -14,7 +14,7 @@ from absl import flags
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
-from cocoedit_jax.inference.requests import EditRequest, check_pictures, read_requests
+from cocoedit_jax.inference.requests import SOURCE_SIZES, EditRequest, check_pictures, read_requests
 from launch import command
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder, or a repository name in the Hugging Face cache.")
@@ -30,7 +30,7 @@ _SOLVER = flags.DEFINE_enum("solver", "euler", sorted(SOLVERS), "Sampler.")
 _GUIDANCE = flags.DEFINE_float("guidance", 2.5, "Embedded guidance scale.", lower_bound=0.0)
 _SIZE = flags.DEFINE_string("size", "auto", "Size of the edit, WIDTHxHEIGHT in pixels; auto: about a megapixel.")
 _SOURCE = flags.DEFINE_enum(
-    "source_size", None, ["preferred", "target", "own"],
+    "source_size", None, list(SOURCE_SIZES),
     "Size at which the model sees the picture: one it was trained on, the edit's, or its own. Default: preferred, and "
     "target where --size is given.",
 )  # fmt: skip

@@ -18,7 +18,6 @@ from cocoedit_jax.models import kontext
 from cocoedit_jax.models.editor import KontextEditor
 
 Size = tuple[int, int]  # (height, width) in pixels
-SOURCE_SIZES = ("preferred", "target", "own")
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,14 @@ class PictureEditor:
     """Compiled sampling for each pair of sizes. ``adapter`` has its scale folded in, or is None."""
 
     def __init__(self, editor: KontextEditor, params: Any, adapter: Any, options: EditOptions):
-        self._editor, self._params, self._adapter, self.options = editor, params, adapter, options
+        self.editor, self.options = editor, options
+        self._params, self._adapter = params, adapter
         self._programs: dict[tuple[Size, Size], Callable[..., jax.Array]] = {}
 
     def _program(self, target: Size, source: Size) -> Callable[..., jax.Array]:
         key = (target, source)
         if key not in self._programs:
-            editor, options = self._editor, self.options
+            editor, options = self.editor, self.options
             grid, source_grid = editor.grid(*target), editor.grid(*source)
             sigmas = editor.sigmas(options.steps, grid)
 
@@ -78,8 +78,8 @@ class PictureEditor:
 
     def noise(self, seed: int, target: Size) -> jax.Array:
         """Packed noise ``[tokens, channels]`` of one edit."""
-        grid = self._editor.grid(*target)
-        return jax.random.normal(jax.random.key(seed), (grid.tokens, self._editor.token_channels))
+        grid = self.editor.grid(*target)
+        return jax.random.normal(jax.random.key(seed), (grid.tokens, self.editor.token_channels))
 
     def __call__(
         self, pictures: Sequence[Image.Image], prompts: Sequence[str], noise: jax.Array, target: Size, source: Size
@@ -91,7 +91,7 @@ class PictureEditor:
         height, width = source
         resized = [p.resize((width, height), Image.Resampling.LANCZOS) for p in pictures]
         images = np.stack([np.asarray(p, np.float32) / np.float32(255) for p in resized])
-        text = self._editor.text_inputs(prompts)
+        text = self.editor.text_inputs(prompts)
         return np.asarray(self._program(target, source)(self._params, self._adapter, images, text, noise))
 
 
@@ -113,7 +113,7 @@ def edit_all(
     """
     groups: dict[tuple[Size, Size], list[EditRequest]] = defaultdict(list)
     for request, size in zip(requests, check_pictures(requests), strict=True):
-        groups[editor.options.sizes(editor._editor, *size)].append(request)
+        groups[editor.options.sizes(editor.editor, *size)].append(request)
     for (target, source), members in groups.items():
         for start in range(0, len(members), editor.options.batch_size):
             part = members[start : start + editor.options.batch_size]

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 
 from cocoedit_jax.errors import UserError
 
+SOURCE_SIZES = ("preferred", "target", "own")  # see ``EditOptions.source``
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -77,9 +79,12 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def check_pictures(requests: Sequence[EditRequest]) -> list[tuple[int, int]]:
-    """(height, width) of every picture, upright. Raises UserError naming all that cannot be read."""
+    """(height, width) of every picture, upright. Raises UserError naming all that cannot be read or written."""
     sizes, faults = [], []
+    writable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
     for request in requests:
+        if request.out.suffix.lower() not in writable:
+            faults.append(f"{request.out}: no picture format that can be written; expected a name such as out.png")
         try:
             picture = open_picture(request.image)
             sizes.append((picture.height, picture.width))

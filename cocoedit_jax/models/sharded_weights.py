@@ -211,6 +211,12 @@ def _layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.dynamic_index_in_dim(bits, layer, keepdims=False), stack.dtype)
 
 
+@jax.jit
+def _bits(array: jax.Array) -> jax.Array:
+    """A copy, as integers: an array keeps the NumPy array that it was made into, and this one is soon gone."""
+    return lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize])
+
+
 def _take_layer(stack: Any, layer: int) -> Any:
     if isinstance(stack, jax.ShapeDtypeStruct):
         sharding = None if stack.sharding is None else _drop_layers(stack.sharding)
@@ -249,7 +255,9 @@ def save_sharded(folder: Path, params: Mapping[str, Any], *, max_shard_size: int
     def fetch(name: str) -> np.ndarray:
         path, layer, shape = specs[name]
         leaf = flat[path] if layer is None else _take_layer(flat[path], layer)
-        tensor = np.asarray(leaf).transpose(weights.torch_axes(path[-1], len(shape)))
+        if isinstance(leaf, jax.Array):
+            leaf = np.asarray(_bits(leaf)).view(leaf.dtype)
+        tensor = leaf.transpose(weights.torch_axes(path[-1], len(shape)))
         return np.ascontiguousarray(tensor).reshape(shape)  # NumPy makes a scalar contiguous as [1]
 
     def tensors(names: list[str]) -> Iterator[np.ndarray]:

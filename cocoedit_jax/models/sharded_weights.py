@@ -95,10 +95,13 @@ class _Piece:
         """The tensor in our axes and its own dtype, on the devices; columns that none of them holds are dropped."""
         inverse, arrays = np.argsort(self.axes), {}
         for (start, stop), parts in self.parts().items():
-            rows = self.tensor.read(start, stop)
+            rows, placed = self.tensor.read(start, stop), {}
             for device, index in parts:
-                # The runtime transposes while it copies, several times faster than NumPy and than XLA on a CPU.
-                arrays[device] = jax.device_put(rows[index].transpose(inverse), device)
+                # The runtime transposes while it copies, several times faster than NumPy and than XLA on a CPU. A
+                # replica comes from the device that has it.
+                part = placed.get(repr(index))
+                arrays[device] = jax.device_put(rows[index].transpose(inverse) if part is None else part, device)
+                placed.setdefault(repr(index), arrays[device])
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, list(arrays.values()))
 
 

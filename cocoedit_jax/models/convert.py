@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import flux, orbax_weights
-from cocoedit_jax.models.hub import resolve_model
+from cocoedit_jax.models.hub import download_hint, resolve_model
 from cocoedit_jax.models.sharded_weights import STORED, save_sharded, unstacked
 from cocoedit_jax.reporting.telemetry import write_json
 
@@ -98,7 +98,8 @@ def convert(
     root = resolve_model(source)
     component = root / COMPONENT
     if not component.is_dir():
-        raise UserError(f"{root}: no folder {COMPONENT!r} in it; expected a model folder as diffusers saves it")
+        hint = "" if Path(source).is_dir() else f"; {download_hint(str(source))}"
+        raise UserError(f"{root}: no folder {COMPONENT!r} in it; expected a model folder as diffusers saves it{hint}")
     config = orbax_weights.read_config(component)
     abstract = unstacked(nn.unbox(abstract_transformer(config)))  # stacking would only be undone
     with whole_folder(target) as draft:

@@ -178,8 +178,7 @@ def scan(source: Path) -> Contents:
             else:
                 out.tensors[name] = StoredTensor(file, dtype, shape, begin)
     if listed is None and not out.tensors and out.problems:
-        weights_lost = "; ".join(out.problems)
-        raise UserError(f"{source}: {weights_lost}")
+        raise UserError(f"{source}: {'; '.join(out.problems)}")
     return out
 
 

@@ -95,10 +95,13 @@ class _Piece:
         """The tensor in our axes and its own dtype, on the devices; columns that none of them holds are dropped."""
         inverse, arrays = np.argsort(self.axes), {}
         for (start, stop), parts in self.parts().items():
-            rows = self.tensor.read(start, stop)
+            rows, placed = self.tensor.read(start, stop), {}
             for device, index in parts:
-                # The runtime transposes while it copies, several times faster than NumPy and than XLA on a CPU.
-                arrays[device] = jax.device_put(rows[index].transpose(inverse), device)
+                # The runtime transposes while it copies, several times faster than NumPy and than XLA on a CPU. A
+                # replica comes from the device that has it.
+                part = placed.get(repr(index))
+                arrays[device] = jax.device_put(rows[index].transpose(inverse) if part is None else part, device)
+                placed.setdefault(repr(index), arrays[device])
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, list(arrays.values()))
 
 
@@ -211,6 +214,12 @@ def _layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.dynamic_index_in_dim(bits, layer, keepdims=False), stack.dtype)
 
 
+@jax.jit
+def _bits(array: jax.Array) -> jax.Array:
+    """A copy, as integers: an array keeps the NumPy array that it was made into, and this one is soon gone."""
+    return lax.bitcast_convert_type(array, _BITS[array.dtype.itemsize])
+
+
 def _take_layer(stack: Any, layer: int) -> Any:
     if isinstance(stack, jax.ShapeDtypeStruct):
         sharding = None if stack.sharding is None else _drop_layers(stack.sharding)
@@ -249,7 +258,9 @@ def save_sharded(folder: Path, params: Mapping[str, Any], *, max_shard_size: int
     def fetch(name: str) -> np.ndarray:
         path, layer, shape = specs[name]
         leaf = flat[path] if layer is None else _take_layer(flat[path], layer)
-        tensor = np.asarray(leaf).transpose(weights.torch_axes(path[-1], len(shape)))
+        if isinstance(leaf, jax.Array):
+            leaf = np.asarray(_bits(leaf)).view(leaf.dtype)
+        tensor = leaf.transpose(weights.torch_axes(path[-1], len(shape)))
         return np.ascontiguousarray(tensor).reshape(shape)  # NumPy makes a scalar contiguous as [1]
 
     def tensors(names: list[str]) -> Iterator[np.ndarray]:

@@ -55,6 +55,26 @@ def test_equals_the_plain_reader(tmp_path):
     assert_same_bits(load_sharded(file, target({"fsdp": 2})), expected)
 
 
+def test_saving_leaves_no_copy_with_sharded_arrays(tmp_path):
+    """A sharded array holds on to the NumPy array it was once made into: all of them are a second model."""
+    params = random_params(BF16)
+    sharded = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, target({"fsdp": 4, "tensor": 2}, BF16))
+    for tree in (sharded, sharded_weights.unstacked(sharded)):
+        folder = tmp_path / str(len(tree))
+        folder.mkdir()
+        save_sharded(folder, tree)
+        assert all(leaf._npy_value is None for leaf in jax.tree.leaves(tree))
+        assert_same_bits(load_sharded(folder, target({"fsdp": 2}), dtype="stored"), params)
+
+
+def test_unstacked_tree_names_the_same_tensors():
+    params = random_params(BF16)
+    apart = sharded_weights.unstacked(params)
+    assert weights.tensor_shapes(apart) == weights.tensor_shapes(params)
+    layer = apart["transformer_blocks.1"]["attn"]["to_q"]["kernel"]
+    assert_same_bits(layer, params["transformer_blocks"]["attn"]["to_q"]["kernel"][1])
+
+
 @pytest.mark.parametrize("kept, wanted", [(np.float32, jnp.bfloat16), (BF16, jnp.float32), (np.float16, jnp.float32)])
 def test_casts(tmp_path, kept, wanted):
     params = normal_params(kept)

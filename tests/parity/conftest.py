@@ -1,8 +1,11 @@
 """Fixtures that skip where PyTorch's side is not installed."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
 from tests.parity.flux_cases import NUM_CASES, Case, draw_case
+from tests.parity.lora_cases import LATENT_CHANNELS
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,26 @@ def case(request: pytest.FixtureRequest, torch_side: None) -> Case:
 def one_case(torch_side: None) -> Case:
     """A model with all parts, for what need not be tried on many."""
     return draw_case(2)
+
+
+@pytest.fixture
+def double_blocks(torch_side: None) -> Case:
+    """A Kontext model that diffusers can read in every format."""
+    return draw_case(3, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=0)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, torch_side: None) -> Iterator[Callable[[], list[str]]]:
+    """diffusers' warnings: it logs keys that it does not use, and goes on."""
+    from diffusers.utils import logging
+
+    logging.enable_propagation()
+    logging.disable_default_handler()
+    expected = "prefix='text_encoder'"  # logged for every file that adapts the transformer alone
+    yield lambda: [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith(("diffusers", "peft")) and expected not in record.getMessage()
+    ]
+    logging.disable_propagation()
+    logging.enable_default_handler()

@@ -1,13 +1,15 @@
 """Random adapters, diffusers' Kontext pipeline around a tiny transformer, and how its adapters compare with ours."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cocoedit_jax.models import lora, weights
-from tests.parity.flux_cases import SEED, Case
+from cocoedit_jax.models import lora, lora_files, weights
+from tests.parity.flux_cases import SEED, Case, relative_error
 
 LATENT_CHANNELS = 4
 
@@ -64,3 +66,24 @@ def adapter_effects(model: Any, name: str) -> dict[str, np.ndarray]:
             a, b = (getattr(module, half)[name].weight.detach().double().numpy() for half in ("lora_A", "lora_B"))
             found[path.removeprefix("base_model.model.")] = module.scaling[name] * b @ a
     return found
+
+
+def effects(adapter: lora.Adapter, config: lora.LoraConfig) -> dict[str, np.ndarray]:
+    """{module: change of its weight [out, in]}, from the adapter tree alone."""
+    tensors = weights.to_diffusers(adapter)
+    names = {name.rpartition(".lora_")[0] for name in tensors}
+    return {
+        name: config.alpha / config.rank * tensors[f"{name}.lora_B.weight"].astype(np.float64)
+        @ tensors[f"{name}.lora_A.weight"]
+        for name in names
+    }  # fmt: skip
+
+
+def assert_same_effects(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert relative_error(found[name], expected[name]) < 1e-6, name
+
+
+def write(path: Path, adapter: lora.Adapter, config: lora.LoraConfig, format: str) -> Path:
+    return lora_files.write_lora(path, lora_files.adapter_layers(adapter, config), config, format)

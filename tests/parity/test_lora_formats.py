@@ -4,24 +4,23 @@ diffusers reads the original layout's ``linear1`` at FLUX's real width only, and
 the blocks there; so tiny models of double blocks, one single block of real width, and for ComfyUI the arithmetic alone.
 """
 
-import json
-
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files, weights
 from cocoedit_jax.models.layers import LORA
 from cocoedit_jax.models.lora_formats import unread_by_diffusers
 from tests.parity.flux_cases import SEED, draw_case, relative_error
 from tests.parity.lora_cases import (
-    LATENT_CHANNELS,
     adapter_effects,
     assert_same_adapter,
+    assert_same_effects,
     build_pipeline,
+    effects,
     random_adapter,
+    write,
 )
 
 FORWARD = 1e-5
@@ -31,50 +30,6 @@ BLOCKS = (
 )  # fmt: skip
 SINGLE = ("proj_mlp", "norm.linear", "single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_out")
 FORMATS = ("diffusers", "diffusers-baked", "kohya", "comfyui")
-
-
-@pytest.fixture
-def double_blocks(torch_side):
-    """A Kontext model that diffusers can read in every format."""
-    return draw_case(3, in_channels=4 * LATENT_CHANNELS, num_layers=2, num_single_layers=0)
-
-
-@pytest.fixture
-def log(caplog, torch_side):
-    """diffusers' warnings: it logs keys that it does not use, and goes on."""
-    from diffusers.utils import logging
-
-    logging.enable_propagation()
-    logging.disable_default_handler()
-    expected = "prefix='text_encoder'"  # logged for every file that adapts the transformer alone
-    yield lambda: [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith(("diffusers", "peft")) and expected not in record.getMessage()
-    ]
-    logging.disable_propagation()
-    logging.enable_default_handler()
-
-
-def effects(adapter, config):
-    """{module: change of its weight [out, in]}, from the adapter tree alone."""
-    tensors = weights.to_diffusers(adapter)
-    names = {name.rpartition(".lora_")[0] for name in tensors}
-    return {
-        name: config.alpha / config.rank * tensors[f"{name}.lora_B.weight"].astype(np.float64)
-        @ tensors[f"{name}.lora_A.weight"]
-        for name in names
-    }  # fmt: skip
-
-
-def assert_same_effects(found, expected):
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert relative_error(found[name], expected[name]) < 1e-6, name
-
-
-def write(path, adapter, config, format):
-    return lora_files.write_lora(path, lora_files.adapter_layers(adapter, config), config, format)
 
 
 def with_adapter(case, adapter, config):
@@ -301,110 +256,6 @@ def test_files_of_peft_and_diffusers_with_patterns(double_blocks, tmp_path):
     for folder in ("peft", "pipeline", "transformer"):
         adapter, config = lora_files.load_lora(tmp_path / folder)
         assert_same_effects(effects(adapter, config), expected)
-
-
-# --- the traps --------------------------------------------------------------------------------------------------------
-
-
-def rename(tensors, change):
-    return {change(name): tensor for name, tensor in tensors.items()}
-
-
-def peft_names(tensors):
-    return rename(tensors, lambda name: name.replace("transformer.", "base_model.model.", 1))
-
-
-def add_alphas(tensors):
-    stems = {name.rpartition(".lora_")[0] for name in tensors}
-    return tensors | {f"{stem}.alpha": np.asarray(8, np.float32) for stem in stems}
-
-
-def kohya_names(tensors):
-    def change(name):
-        stem, _, half = name.removeprefix("transformer.").rpartition(".lora_")
-        return f"lora_unet_{stem.replace('.', '_')}.lora_{half.replace('A', 'down').replace('B', 'up')}"
-
-    return rename(tensors, change)
-
-
-def without_prefix(tensors):
-    return rename(tensors, lambda name: name.removeprefix("transformer."))
-
-
-def under_diffusion_model(tensors):
-    return rename(tensors, lambda name: name.replace("transformer.", "diffusion_model.", 1))
-
-
-def keep(tensors):
-    return tensors
-
-
-# How a file is spoilt, its metadata key; what diffusers does with it (an error, nothing, or the scale it applies; None:
-# depends on its version and PEFT's); what our reader does (an error's words, or the scale).
-TRAPS = {
-    "raw PEFT keys": (peft_names, None, KeyError, "not readable"),
-    "alpha beside A and B": (add_alphas, None, None, 2),
-    "diffusers' names in kohya's dress": (kohya_names, None, ValueError, 1),
-    "no prefix": (without_prefix, None, "nothing", 1),
-    "ComfyUI's prefix, diffusers' names": (under_diffusion_model, None, "nothing", 1),
-    "alpha lost": (keep, None, 1, 1),
-    "header key with an underscore": (keep, "_lora_adapter_metadata", 1, 1),
-    "header fields without prefix": (keep, "lora_adapter_metadata", KeyError, "starts with 'transformer.'"),
-}
-
-
-@pytest.mark.parametrize("trap", TRAPS)
-def test_traps(double_blocks, trap, tmp_path, log):
-    """What diffusers makes of files that are nearly right, and that ours are read at full strength."""
-    spoil, key, theirs, ours = TRAPS[trap]
-    config = lora.LoraConfig(rank=4, alpha=8)
-    adapter = random_adapter(double_blocks, config)
-    lora_files.save_lora(tmp_path / "good", adapter, config)
-    good = tmp_path / "good" / lora_files.DIFFUSERS_FILE
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
-    name = key and ("transformer." if key.startswith("_") else "")
-    header = {key: json.dumps({name + field: value for field, value in fields.items()})} if key else {}
-    bad = tmp_path / "bad.safetensors"
-    save_file(spoil(load_file(good)), bad, {"format": "pt", **header})
-
-    pipe = build_pipeline(double_blocks.reference)
-    if isinstance(theirs, type):
-        with pytest.raises(theirs):
-            pipe.load_lora_weights(bad)
-        pipe = build_pipeline(double_blocks.fresh_reference())
-    elif theirs == "nothing":
-        pipe.load_lora_weights(bad)
-        assert not adapter_effects(pipe.transformer, "default_0") and len(log()) == 1
-    elif theirs is not None:
-        pipe.load_lora_weights(bad, adapter_name="bad")
-        spoilt = adapter_effects(pipe.transformer, "bad")
-        assert_same_effects({k: v * config.scale / theirs for k, v in spoilt.items()}, effects(adapter, config))
-        pipe.delete_adapters("bad")
-
-    if isinstance(ours, str):
-        with pytest.raises(UserError, match=ours):
-            lora_files.load_lora(bad)
-    else:
-        loaded, loaded_config = lora_files.load_lora(bad)
-        assert loaded_config.scale == ours
-        jax.tree.map(np.testing.assert_array_equal, loaded, adapter)
-
-    pipe.load_lora_weights(tmp_path / "good", adapter_name="good")
-    assert_same_effects(adapter_effects(pipe.transformer, "good"), effects(adapter, config))
-
-
-def test_diffusers_takes_its_own_file_from_a_folder_of_several(double_blocks, tmp_path, log):
-    config = lora.LoraConfig(rank=4, alpha=8)
-    adapter = random_adapter(double_blocks, config)
-    lora_files.save_lora(tmp_path, adapter, config)
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == [lora_files.DIFFUSERS_FILE]
-    other = jax.tree.map(np.zeros_like, adapter)
-    for format in ("comfyui", "diffusers-baked", "kohya"):  # a user's conversions beside it
-        write(tmp_path / f"{format}.safetensors", other, config, format)
-    pipe = build_pipeline(double_blocks.reference)
-    pipe.load_lora_weights(tmp_path)
-    assert not log()
-    assert_same_adapter(pipe.transformer, "default_0", adapter, config)
 
 
 def test_fused_projections_without_the_block_of_zeros_mix_ranks(real_width, tmp_path):

@@ -17,7 +17,9 @@ _TO = flags.DEFINE_string("to", None, "Folder to write; it appears when it is co
 _FORMAT = flags.DEFINE_enum("to_format", None, ["orbax", "diffusers"], "What to write.", required=True)
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Cast the weights; default: as stored.")
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Largest safetensors file, with --to_format=diffusers.")
-_REST = flags.DEFINE_boolean("copy_rest", False, "Also copy the other components: text encoders, VAE, scheduler.")
+_REST = flags.DEFINE_boolean(
+    "copy_rest", True, "Also copy the other components: text encoders, VAE, scheduler; editing and training need them."
+)
 
 
 def main(argv: list[str]) -> None:

@@ -30,9 +30,9 @@ _SOLVER = flags.DEFINE_enum("solver", "euler", sorted(SOLVERS), "Sampler.")
 _GUIDANCE = flags.DEFINE_float("guidance", 2.5, "Embedded guidance scale.", lower_bound=0.0)
 _SIZE = flags.DEFINE_string("size", "auto", "Size of the edit, WIDTHxHEIGHT in pixels; auto: about a megapixel.")
 _SOURCE = flags.DEFINE_enum(
-    "source_size", None, list(SOURCE_SIZES),
-    "Size at which the model sees the picture: one it was trained on, the edit's, or its own. Default: preferred, and "
-    "target where --size is given.",
+    "source_size", "preferred", list(SOURCE_SIZES),
+    "Size at which the model sees the picture: the nearest in shape of those that FLUX.1 Kontext was trained on, the "
+    "edit's (stretched to it; as CoCoEdit trains), or its own.",
 )  # fmt: skip
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Edits of one size sampled at once.", lower_bound=1)
 _SIDE_BY_SIDE = flags.DEFINE_bool("side_by_side", False, "Also write the picture beside its edit.")
@@ -69,8 +69,7 @@ def main(argv: list[str]) -> None:
     from cocoedit_jax.reporting.telemetry import progress
     from torch_bridge.flux_text import encode_prompts
 
-    source = _SOURCE.value or ("preferred" if size is None else "target")
-    options = EditOptions(_STEPS.value, _SOLVER.value, size, source, _BATCH_SIZE.value)
+    options = EditOptions(_STEPS.value, _SOLVER.value, size, _SOURCE.value, _BATCH_SIZE.value)
     editor, params, adapter = load_for_editing(
         _MODEL.value or "",
         lambda folder: encode_prompts(folder, [request.prompt for request in requests], _TEXT_TOKENS.value),

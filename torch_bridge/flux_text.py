@@ -3,6 +3,7 @@ them, and the command that caches them for a data folder."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,17 @@ class FluxTextEncoder:
         if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
             names = ", ".join(missing[:3])
             raise UserError(f"{folder}: {len(missing)} tensor(s) of {model_class.__name__} are missing: {names}")
-        return model.eval().to(self.device)
+        try:
+            return model.eval().to(self.device)
+        except self._torch.OutOfMemoryError as error:
+            raise UserError(f"{folder}: does not fit into the memory of {self.device}") from error
+
+    def release(self) -> None:
+        """Gives the memory of the encoders back to the device; the encoder cannot be used afterwards."""
+        del self._clip, self._t5
+        gc.collect()
+        if self.device.startswith("cuda"):
+            self._torch.cuda.empty_cache()
 
     def __call__(self, prompts: Sequence[str]) -> Embeddings:
         """T5 states [B, S, D] and CLIP pooled [B, P] in `dtype`. Longer prompts are cut, see `count_tokens`.
@@ -130,6 +141,7 @@ def encode_prompts(model_dir: Path | str, prompts: Sequence[str], max_length: in
     for prompt in progress(distinct, "encode text", "prompt"):
         text, pooled = encoder([prompt])
         table[prompt] = {"text": text[0], "pooled": pooled[0]}
+    encoder.release()
     return PrecomputedText.of(table)
 
 

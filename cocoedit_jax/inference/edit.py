@@ -1,4 +1,8 @@
-"""Edits pictures: resizing as diffusers' FluxKontextPipeline, sampling, writing results as they come."""
+"""Edits pictures: resizing, sampling, writing results as they come.
+
+The same as diffusers' ``FluxKontextPipeline`` called with ``height``, ``width`` and ``max_area=height * width``, from
+the same noise; with source ``target`` or ``own`` also with ``_auto_resize=False``.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,7 +31,7 @@ class EditOptions:
     Attributes:
         steps: sampler steps.
         solver: name in ``flow.solvers.SOLVERS``.
-        size: of the edit; None: about a megapixel with the picture's aspect ratio (diffusers' rule).
+        size: of the edit; None: about a megapixel with the picture's aspect ratio (diffusers' own default is a square).
         source: size at which the model sees the picture: ``preferred`` (the nearest of the sizes that Kontext was
             trained on), ``target`` (the size of the edit, as in training) or ``own`` (cut to multiples of 16).
         batch_size: most edits sampled at once; they have one size.
@@ -44,7 +48,7 @@ class EditOptions:
         unit = editor.autoencoder.factor * editor.patch
         target = self.size or kontext.fitted_size(height, width, unit)
         if self.source == "preferred":
-            return target, kontext.preferred_size(height, width)
+            return target, kontext.preferred_size(height, width, unit)
         own = (max(height // unit, 1) * unit, max(width // unit, 1) * unit)
         return target, target if self.source == "target" else own
 

@@ -77,7 +77,7 @@ def convert(
     *,
     dtype: Any = None,
     max_shard_size: int = 5 * 10**9,
-    copy_rest: bool = False,
+    copy_rest: bool = True,
 ) -> int:
     """Writes the ``transformer`` of a model folder in another form, shard size or dtype. Needs memory for it once.
 
@@ -103,10 +103,12 @@ def convert(
     config = orbax_weights.read_config(component)
     abstract = unstacked(nn.unbox(abstract_transformer(config)))  # stacking would only be undone
     with whole_folder(target) as draft:
-        room, need = (
-            shutil.disk_usage(draft).free,
-            sum(math.prod(leaf.shape) * np.dtype(dtype or "bfloat16").itemsize for leaf in jax.tree.leaves(abstract)),
-        )
+        room = shutil.disk_usage(draft).free
+        if dtype is None:
+            need = _bytes_below(component)
+        else:
+            need = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) * np.dtype(dtype).itemsize
+        need += _bytes_below(root) - _bytes_below(component) if copy_rest else 0
         if room < need:
             raise UserError(f"{target}: {room / 1e9:.1f} GB free there; the weights need {need / 1e9:.1f} GB")
         params = orbax_weights.load_params(component, abstract, dtype=dtype or STORED)
@@ -120,6 +122,10 @@ def convert(
         if copy_rest:
             _copy_rest(root, draft)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _copy_rest(root: Path, draft: Path) -> None:

@@ -37,15 +37,16 @@ _SCHEDULE = {
 }
 
 
-def preferred_size(height: int, width: int) -> tuple[int, int]:
-    """The preferred (height, width) with the nearest aspect ratio, as diffusers chooses it for the source image."""
-    aspect = width / height
+def preferred_size(height: int, width: int, unit: int = 16) -> tuple[int, int]:
+    """The preferred (height, width) with the nearest aspect ratio, as diffusers chooses it for the source image: the
+    ratio is taken after both sides are cut to multiples of ``unit``."""
+    aspect = (width // unit * unit or width) / (height // unit * unit or height)
     return min(PREFERRED_SIZES, key=lambda size: (abs(aspect - size[1] / size[0]), size[1], size[0]))
 
 
 def fitted_size(height: int, width: int, unit: int, max_area: int = MAX_AREA) -> tuple[int, int]:
     """(height, width) of about ``max_area`` pixels with the aspect ratio of ``height`` x ``width``, cut to multiples of
-    ``unit``, as diffusers derives the size of the edit."""
+    ``unit``: diffusers' formula, applied to the picture's ratio where its pipeline starts from 1024x1024."""
     aspect = width / height
     sides = round(math.sqrt(max_area / aspect)), round(math.sqrt(max_area * aspect))
     return sides[0] // unit * unit, sides[1] // unit * unit
@@ -110,9 +111,8 @@ def build_kontext(
     vae = AutoencoderKLConfig.from_dict(orbax_weights.read_config(paths["vae"]), str(paths["vae"]))
     editor = KontextEditor(
         transformer=FluxTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
-        autoencoder=AutoencoderKL(
-            vae, vae_dtype, shards=shards, tile_size=vae_tile, attention_backend=attention_backend
-        ),
+        # Its one head of 512 features is beyond what most attention kernels take: it chooses for itself.
+        autoencoder=AutoencoderKL(vae, vae_dtype, shards=shards, tile_size=vae_tile),
         text=text,
         guidance=guidance,
         schedule=read_schedule(folder),

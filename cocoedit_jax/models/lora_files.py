@@ -16,7 +16,7 @@ import numpy as np
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import model_card, weights
-from cocoedit_jax.models.lora import Adapter, LoraConfig
+from cocoedit_jax.models.lora import Adapter, LoraConfig, check_fits
 from cocoedit_jax.models.lora_bfl import LowRank
 from cocoedit_jax.models.lora_formats import DTYPES, FORMATS, PREFIX, decode, detect, encode, plain, unify
 
@@ -117,6 +117,10 @@ def _check_ranks(layers: Mapping[str, LowRank], fields: Mapping[str, Any]) -> li
     return [f"rank {found} in {', '.join(n)}; its configuration says {said}" for (found, said), n in wrong.items()]
 
 
+# Keys of adapters of the text encoders, which train beside the transformer's in some tools.
+_TEXT_ENCODERS = ("lora_te", "text_encoder", "lora_transformer_te")
+
+
 def read_lora(path: Path, format: str | None = None, *, alpha: float | None = None) -> LoraFile:
     """Reads a LoRA of FLUX in any of ``FORMATS``.
 
@@ -139,12 +143,16 @@ def read_lora(path: Path, format: str | None = None, *, alpha: float | None = No
     if format == "diffusers-baked" and fields:
         raise UserError(f"{file}: its header records alpha, so it is not {format}; expected format diffusers")
     problems: list[str] = []
+    others = [key for key in tensors if key.startswith(_TEXT_ENCODERS)]
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in others}
     layers = decode(tensors, prefix, problems)
     problems += _check_ranks(layers, fields)
     weights.refuse(str(file), problems)
 
     recorded = fields.get("lora_alpha", _PEFT_ALPHA) if fields else None
     notes: list[str] = []
+    if others:
+        notes.append(f"{file}: {len(others)} tensors of text encoders are left out; only the transformer is adapted")
     for name, x in layers.items():
         value = _by_pattern(fields.get("alpha_pattern"), name, x.rank if recorded is None else recorded)
         value = value if np.isnan(x.alpha) else x.alpha
@@ -171,13 +179,24 @@ def read_lora(path: Path, format: str | None = None, *, alpha: float | None = No
     )  # fmt: skip
 
 
-def load_lora(path: Path, format: str | None = None, *, alpha: float | None = None) -> tuple[Adapter, LoraConfig]:
+def load_lora(
+    path: Path,
+    format: str | None = None,
+    *,
+    alpha: float | None = None,
+    transformer_params: Mapping[str, Any] | None = None,
+) -> tuple[Adapter, LoraConfig]:
     """The adapter (float32, layers stacked) and configuration of ``read_lora``, whose arguments these are.
 
     Prints to standard error what the file leaves open.
 
+    Args:
+        transformer_params: the model's parameters, arrays or shapes. With them, a file that adapts only some layers of
+            a stack gets zeros for the others, and everything is checked to fit the model.
+
     Raises:
-        UserError: as ``read_lora``, and for layers of a stack that the file leaves out.
+        UserError: as ``read_lora``, for what does not fit the model, and without a model for layers of a stack that the
+            file leaves out.
     """
     found = read_lora(path, format, alpha=alpha)
     for note in found.notes:
@@ -190,6 +209,8 @@ def load_lora(path: Path, format: str | None = None, *, alpha: float | None = No
     problems: list[str] = []
     flat: dict[tuple[str, ...], Any] = {}
     for module_path, stack in stacks.items():
+        if transformer_params is not None and -1 not in stack:
+            _fill_up(stack, transformer_params.get(module_path[0], {}))
         layers = sorted(stack)
         if layers == [-1]:
             flat[module_path] = jnp.asarray(stack[-1])
@@ -198,7 +219,17 @@ def load_lora(path: Path, format: str | None = None, *, alpha: float | None = No
         else:
             problems.append(f"{'.'.join(module_path)}: layers {layers}; expected all from 0 on, of one shape")
     weights.refuse(str(found.path), problems)
-    return weights.unflatten(flat), found.config
+    adapter = weights.unflatten(flat)
+    if transformer_params is not None:
+        check_fits(adapter, transformer_params, str(found.path))
+    return adapter, found.config
+
+
+def _fill_up(stack: dict[int, np.ndarray], params: Mapping[str, Any]) -> None:
+    """Adds zeros for the layers of ``params``, a stack of blocks, that ``stack`` lacks."""
+    depth = next((leaf.shape[0] for leaf in weights.flatten(params).values()), 0)
+    zeros = np.zeros_like(next(iter(stack.values())))
+    stack.update({layer: zeros for layer in range(depth) if layer not in stack})
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

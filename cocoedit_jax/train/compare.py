@@ -138,8 +138,7 @@ def _train_and_measure(config: ConfigDict, fresh: FreshScenes, run_dir: Path, me
         if not (run_dir / EVALUATION).is_file():
             raise UserError(f"{run_dir}: stopped before its end; run the same command again to continue")
     folder = run_dir / "lora" / f"step_{config.train.steps:06d}"
-    adapter, _ = lora_files.load_lora(folder)
-    lora.check_fits(adapter, setup.params["transformer"], str(folder))
+    adapter, _ = lora_files.load_lora(folder, transformer_params=setup.params["transformer"])
     setup = fresh.into(setup)
     base = _evaluate_base(setup, fresh.out / measured.name)
     trained = _evaluate(setup, adapter, f"fresh scenes, {preset} seed {config.seed}")

@@ -45,6 +45,27 @@ def _problem(config: ConfigDict, key: str, expected: str) -> str:
     return f"config.{key}={value_of(config, key)!r}; expected {expected}"
 
 
+def _model_problems(model: ConfigDict) -> list[str]:
+    """Of the fields that only some editors have."""
+    dtypes = ("bfloat16", "float32")
+    whole = lambda low, high: lambda x: type(x) is int and low <= x <= high  # noqa: E731
+    checks = {
+        "dtype": (lambda x: x in dtypes, f"one of {list(dtypes)}"),
+        "vae_dtype": (lambda x: x in dtypes, f"one of {list(dtypes)}"),
+        "text_tokens": (whole(1, 512), "a whole number from 1 to 512"),
+        "vae_tile": (whole(0, 2**20), "a number of pixels, or 0"),
+        "guidance": (lambda x: isinstance(x, int | float) and 0 <= x < math.inf, "a number, at least 0"),
+    }
+    problems = [
+        f"config.model.{key}={model[key]!r}; expected {expected}"
+        for key, (usable, expected) in checks.items()
+        if key in model and not usable(model[key])
+    ]
+    if model.attention == "cudnn" and model.get("dtype", "float32") == "float32":
+        problems.append("config.model.attention='cudnn'; expected another one: it has no float32")
+    return problems
+
+
 def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTConfig:
     """The algorithm settings of a usable configuration; ``kinds`` are the editors there are.
 
@@ -76,6 +97,7 @@ def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTC
     problems += [
         _problem(config, key, "true or false") for key in BOOLEANS if not isinstance(value_of(config, key), bool)
     ]
+    problems += _model_problems(config.model)
     if problems:
         raise UserError("\n".join(problems))
     samples, shards = config.rollout.groups * config.rollout.group_size, mesh.shape[DATA]

@@ -25,13 +25,14 @@ PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_
 
 # The editor, and a function that loads its parameters: so that what can be refused is refused before they are read.
 Loaded = tuple[KontextEditor, Callable[[], Any]]
-EDITORS: dict[str, Callable[[ConfigDict, Mesh], Loaded]] = {}
+Loader = Callable[[ConfigDict, Mesh, Path], Loaded]  # configuration, mesh, data folder
+EDITORS: dict[str, Loader] = {}
 
 
-def register_editor(name: str) -> Callable[[Callable[[ConfigDict, Mesh], Loaded]], Any]:
+def register_editor(name: str) -> Callable[[Loader], Loader]:
     """Decorator: make an editor selectable as ``config.model.kind``. Raises UserError for a taken name."""
 
-    def add(loader: Callable[[ConfigDict, Mesh], Loaded]) -> Callable[[ConfigDict, Mesh], Loaded]:
+    def add(loader: Loader) -> Loader:
         if name in EDITORS:
             raise UserError(f"editor {name!r} is registered already; expected a new name")
         EDITORS[name] = loader
@@ -41,7 +42,7 @@ def register_editor(name: str) -> Callable[[Callable[[ConfigDict, Mesh], Loaded]
 
 
 @register_editor("quickstart")
-def quickstart(config: ConfigDict, mesh: Mesh) -> Loaded:
+def quickstart(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
     """A base written by ``launch.pretrain``; ``model.path`` empty: the one in the package."""
     folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
     editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
@@ -50,11 +51,11 @@ def quickstart(config: ConfigDict, mesh: Mesh) -> Loaded:
 
 
 @register_editor("flux_kontext")
-def flux_kontext(config: ConfigDict, mesh: Mesh) -> Loaded:
-    """FLUX.1 Kontext in diffusers' layout; instructions come from the text cache of ``data.path``."""
+def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
+    """FLUX.1 Kontext in diffusers' layout; instructions come from the text cache in ``data``."""
     model = config.model
     folder = resolve_model(model.path)
-    cache_path = cache_folder(config.data.path, model.text_tokens)
+    cache_path = cache_folder(data, model.text_tokens)
     cache = TextCache(cache_path, text_identity(folder), model.text_tokens)
     remedy = f"add them with: {encode_command(cache_path, model.text_tokens)}"
     editor = build_kontext(

@@ -18,6 +18,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.nft.presets import NFTConfig
+from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.judge import Judge, make_judge
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.config_checks import check_config
@@ -55,7 +56,14 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
         path = Path("data") / f"scenes_{config.data.resolution}px_{config.data.generate}"
         if not path.exists():
             write_scenes(path, config.data.generate, config.data.resolution, seed=0)
-    return read_records(path, framing, strict=config.data.strict, min_bucket_records=config.rollout.groups)
+    with progress(0, "check records", "record") as bar:
+
+        def done(count: int, total: int) -> None:
+            bar.total = total
+            bar.update(count - bar.n)
+
+        groups = config.rollout.groups
+        return read_records(path, framing, strict=config.data.strict, min_bucket_records=groups, progress=done)
 
 
 def _usable(found: RecordSet, editor: KontextEditor, judge: Judge, strict: bool) -> tuple[Record, ...]:
@@ -111,7 +119,7 @@ def build(config: ConfigDict) -> Setup:
     judge = make_judge(**config.judge.to_dict())
     framing = Framing(config.data.resolution, config.data.crop, divisor=16)
     found = load_records(config, framing)
-    editor, load_params = EDITORS[config.model.kind](config, mesh)
+    editor, load_params = EDITORS[config.model.kind](config, mesh, found.root)
     _check_sizes(editor, framing)
     records = _usable(found, editor, judge, config.data.strict)
     _check_edit_types(algorithm, records)

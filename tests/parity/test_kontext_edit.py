@@ -100,15 +100,40 @@ def test_the_picture_is_resized_as_diffusers_does(folder, pipeline):
     assert np.abs(ours - theirs).max() < PIXELS
 
 
+@pytest.mark.slow
+def test_a_preferred_size_end_to_end(folder, pipeline):
+    """The pipeline's own resizing of a portrait whose shape changes class when its sides are cut to multiples of 16."""
+    import torch
+
+    rng = np.random.default_rng(SEED + 2)
+    size = (64, 48)
+    editor, params = load(folder, pipeline)
+    source = picture(rng, 1350, 1080)
+    noise = rng.standard_normal((1, editor.grid(*size).tokens, editor.token_channels)).astype(np.float32)
+    program = PictureEditor(editor, params, None, EditOptions(1, "euler", size))
+    target, seen = program.options.sizes(editor, 1350, 1080)
+    assert (target, seen) == (size, (1184, 880))
+    ours = program([source], PROMPTS[:1], jnp.asarray(noise), target, seen)
+    theirs = pipeline(
+        image=source, prompt=PROMPTS[:1], height=64, width=48, max_area=64 * 48, num_inference_steps=1,
+        guidance_scale=2.5, latents=torch.from_numpy(noise), max_sequence_length=64, output_type="np",
+    ).images  # fmt: skip
+    assert np.abs(ours - theirs).max() < PIXELS
+
+
 def test_sizes_are_diffusers(torch_side):
+    from diffusers.image_processor import VaeImageProcessor
     from diffusers.pipelines.flux import pipeline_flux_kontext as reference
 
     assert sorted((w, h) for h, w in PREFERRED_SIZES) == sorted(reference.PREFERRED_KONTEXT_RESOLUTIONS)
     rng = np.random.default_rng(SEED)
-    for height, width in rng.integers(100, 3000, (200, 2)).tolist():
-        aspect = width / height
+    processor = VaeImageProcessor(vae_scale_factor=16)
+    for height, width in [(1350, 1080), *rng.integers(100, 3000, (200, 2)).tolist()]:
+        cut_height, cut_width = processor.get_default_height_width(Image.new("L", (width, height)))
+        aspect = cut_width / cut_height
         _, w, h = min((abs(aspect - w / h), w, h) for w, h in reference.PREFERRED_KONTEXT_RESOLUTIONS)
         assert preferred_size(height, width) == (h, w)
+        aspect = width / height
         w, h = round((1024**2 * aspect) ** 0.5), round((1024**2 / aspect) ** 0.5)
         assert fitted_size(height, width, 16) == (h // 16 * 16, w // 16 * 16)
 

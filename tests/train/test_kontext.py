@@ -81,7 +81,16 @@ def test_one_step_resume_and_export(model, data, tmp_path):
     folder = run / "lora" / "step_000002"
     adapter, cfg = load_lora(folder)
     assert cfg.scale == 2 and all(np.abs(x).max() > 0 for x in jax.tree.leaves(adapter))
-    assert "base_model" in (folder / "README.md").read_text() or str(model) in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    for row in (
+        f"| Base model | {model} |",
+        "| Preset | cocoedit |",
+        "| Step | 2 |",
+        "| judge | 0.8 | ",
+        "| pixel | 0.2 | ",
+    ):
+        assert row in card, row
+    assert "load_lora_weights" in card and "--format=comfyui" in card
 
     # The LoRA changes the pipeline's edit, and ours, in the same way.
     pipe = FluxKontextPipeline.from_pretrained(model)
@@ -96,7 +105,8 @@ def test_one_step_resume_and_export(model, data, tmp_path):
             pipe.load_lora_weights(lora)
         arguments = [
             sys.executable, "-m", "launch.edit", f"--model={model}", f"--image={picture}", "--prompt=make it red",
-            f"--out={tmp_path / name}.png", f"--size={SIZE}x{SIZE}", "--steps=3", "--dtype=float32", "--seed=5",
+            f"--out={tmp_path / name}.png", f"--size={SIZE}x{SIZE}", "--source_size=target",
+            "--steps=3", "--dtype=float32", "--seed=5",
             f"--text_tokens={TOKENS}", *([f"--lora={lora}"] if lora else []),
         ]  # fmt: skip
         subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, timeout=300)

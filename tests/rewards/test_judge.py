@@ -77,7 +77,7 @@ def test_registry(monkeypatch):
 
     assert constant is judging.JUDGES["constant"]
     assert judging.make_judge("constant", value=0.25)([JudgeRequest(np.zeros(3), np.zeros(3), "")])[0].score == 0.25
-    with pytest.raises(UserError, match="judge: 'gpt' given, expected one of constant, scenes"):
+    with pytest.raises(UserError, match="judge: 'gpt' given, expected MODULE:NAME or one of constant, scenes"):
         judging.make_judge("gpt")
     with pytest.raises(UserError, match=r"'constant': options \['x'\]"):
         judging.make_judge("constant", x=1)

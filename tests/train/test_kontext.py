@@ -156,5 +156,7 @@ def test_what_does_not_fit_is_refused(model, data, tmp_path):
     lines = metadata.read_text().splitlines()
     row = json.loads(lines[0]) | {"prompt": "an instruction that was not encoded", "id": "new"}
     metadata.write_text("\n".join([*lines, json.dumps(row)]) + "\n")
-    with pytest.raises(UserError, match="1 instructions.*\n.*'new'.*not encoded.*\n.*--encode=flux"):
-        build(config(model, tmp_path / "more"))
+    with pytest.raises(UserError, match="1 x instruction\n.*'new'.*not encoded.*\n.*--encode=flux"):
+        build(config(model, tmp_path / "more", **{"data.strict": True}))
+    left = build(config(model, tmp_path / "more"))
+    assert "new" not in {record.id for record in (*left.train_records, *left.held_out_records)}

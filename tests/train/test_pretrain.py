@@ -52,7 +52,7 @@ def test_spoiled_targets_drift_outside_the_objects_only():
     background = (layers.source_coverage < 0.001) & (layers.target_coverage < 0.001)
     assert objects.any()
     change = np.abs(spoiled - batch.source)
-    np.testing.assert_allclose((change * (layers.source == layers.target) * objects).max(), 0, atol=1e-6)
+    np.testing.assert_allclose((change * (layers.source == layers.target) * objects).max(), 0, atol=1e-3)
     assert change[background].mean() > 0.01
     # Edits that are missing drift less than those that take hold.
     per_image = np.asarray([c[b].mean() for c, b in zip(change, background, strict=True)])

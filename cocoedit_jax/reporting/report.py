@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,8 @@ def _how_to(run: Path, preset: str, config: Mapping[str, Any] | None) -> list[st
     kept = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
     where = f"from step {max(kept)}" if kept else "from its newest checkpoint"
     parts += [
-        html.paragraph(f"To continue the run {where}, with the configuration file it was started with:"),
-        html.code(f"python -m launch.train --config=FILE.py:{preset} --run={run.as_posix()} --resume"),
+        html.paragraph(f"To continue the run {where}, with the configuration file and overrides it was started with:"),
+        html.code(f"python -m launch.train --config=FILE.py:{preset} --run={shlex.quote(run.as_posix())} --resume"),
     ]
     return parts
 

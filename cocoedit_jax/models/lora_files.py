@@ -152,7 +152,8 @@ def read_lora(path: Path, format: str | None = None, *, alpha: float | None = No
     recorded = fields.get("lora_alpha", _PEFT_ALPHA) if fields else None
     notes: list[str] = []
     if others:
-        notes.append(f"{file}: {len(others)} tensors of text encoders are left out; only the transformer is adapted")
+        first = ", ".join(sorted(others)[:2]) + (", ..." if len(others) > 2 else "")
+        notes.append(f"{file}: {len(others)} tensor(s) of text encoders are left out: {first}")
     for name, x in layers.items():
         value = _by_pattern(fields.get("alpha_pattern"), name, x.rank if recorded is None else recorded)
         value = value if np.isnan(x.alpha) else x.alpha

@@ -90,11 +90,11 @@ def test_nothing_is_replaced_unasked(layers, tmp_path):
 def test_what_did_not_match_is_printed_and_nothing_written(layers, tmp_path):
     tensors, _ = weights.load_safetensors(lora_files.write_lora(tmp_path / "a", layers, CONFIG, "kohya"))
     tensors["lora_unet_double_blocks_0_x.alpha"] = np.ones((), np.float32)
-    tensors["lora_te1_y.lora_up.weight"] = np.ones((2, 2), np.float32)
+    tensors["lora_unet_y.lora_up.weight"] = np.ones((2, 2), np.float32)
     weights.save_safetensors(tmp_path / "b.safetensors", tensors)
     done = convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", "diffusers")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    for part in ("error: ", "2 tensor(s)", "lora_unet_double_blocks_0_x.alpha", "lora_te1_y.lora_up.weight"):
+    for part in ("error: ", "2 tensor(s)", "lora_unet_double_blocks_0_x.alpha", "lora_unet_y.lora_up.weight"):
         assert part in done.stderr
     assert not (tmp_path / "c.safetensors").exists()
 

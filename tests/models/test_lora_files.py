@@ -142,7 +142,7 @@ def test_unmatched_keys_are_named_together(trained, default, tmp_path):
 
     def change(tensors):
         tensors["lora_unet_x.alpha"] = np.ones(1, np.float32)
-        tensors["text_encoder.x.lora_A.weight"] = np.ones((2, 2), np.float32)
+        tensors["vae.x.lora_A.weight"] = np.ones((2, 2), np.float32)
         tensors[f"{block}.to_q.lora_C.weight"] = tensors[f"{block}.to_q.lora_A.weight"]
         del tensors[f"{block}.to_k.lora_A.weight"]
         tensors[f"{block}.to_v.lora_A.weight"] = np.ones((3, 48), np.float32)
@@ -157,7 +157,7 @@ def test_unmatched_keys_are_named_together(trained, default, tmp_path):
         lora_files.read_lora(tmp_path)
     for part in (
         "lora_unet_x.alpha",
-        "text_encoder.x.lora_A.weight (2, 2): expected transformer.LAYER.lora_A.weight",
+        "vae.x.lora_A.weight (2, 2): expected transformer.LAYER.lora_A.weight",
         f"{block}.to_q.lora_C.weight",
         f"{block}.to_k.lora_B.weight: its other half is missing",
         f"{block}.to_v.lora_A.weight, {block}.to_v.lora_B.weight: ranks 3 and 4; expected the same",
@@ -176,7 +176,7 @@ def test_unmatched_keys_of_the_original_layout(trained, default, tmp_path):
             tensors[f"lora_unet_double_blocks_0_img_attn_x.lora_{half}.weight"] = np.ones(shape, np.float32)
             tensors[f"lora_unet_double_blocks_7_img_attn_qkv.lora_{half}.weight"] = np.ones(shape, np.float32)
             tensors[f"lora_unet_transformer_blocks_0_attn_to_q.lora_{half}.weight"] = np.ones(shape, np.float32)
-        tensors["lora_te1_text_model.lora_down.weight"] = np.ones((4, 4), np.float32)
+        tensors["lora_vae_model.lora_down.weight"] = np.ones((4, 4), np.float32)
 
     rewrite(tmp_path, change)
     with pytest.raises(UserError) as error:
@@ -185,7 +185,7 @@ def test_unmatched_keys_of_the_original_layout(trained, default, tmp_path):
         "lora_unet_double_blocks_0_img_attn_x: FLUX has no such layer",
         "lora_unet_double_blocks_7_img_attn_qkv: 100 output rows for 48 input columns; expected q | k | v",
         "holds transformer_blocks.0.attn.to_q, and another key does too",
-        "lora_te1_text_model.lora_down.weight",
+        "lora_vae_model.lora_down.weight",
     ):
         assert part in str(error.value), part
 
@@ -388,3 +388,38 @@ def test_places_to_write(trained, default, tmp_path):
         with pytest.raises(UserError, match=f"{name}='{value}'"):
             write(tmp_path / "c", trained, default, **({"format": "kohya"} | {name: value}))
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_text_encoders_are_left_out_with_a_note(trained, default, tmp_path):
+    file = write(tmp_path, trained, default, "kohya")
+    tensors, header = weights.load_safetensors(file)
+    for half, shape in (("down", (4, 8)), ("up", (8, 4))):
+        tensors[f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{half}.weight"] = np.ones(shape, np.float32)
+    weights.save_safetensors(file, tensors, header)
+    found = lora_files.read_lora(file)
+    assert found.layers.keys() == lora_files.adapter_layers(trained, default).keys()
+    assert any("2 tensor(s) of text encoders are left out: lora_te1_text_model" in note for note in found.notes)
+
+
+def test_some_layers_of_a_stack(trained, default, tmp_path):
+    """What adapts the first and last block only gets zeros between, given the model that it is for."""
+    shape = FluxConfig(3, 2, 3, 24, 2, 5, 4, True, (8, 8, 8))
+    layers = lora_files.adapter_layers(trained, default)
+    some = {name: x for name, x in layers.items() if ".1." not in name}
+    file = lora_files.write_lora(tmp_path / "some.safetensors", some, default, "diffusers")
+    with pytest.raises(UserError, match=r"layers \[0, 2\]; expected all from 0 on"):
+        lora_files.load_lora(file)
+    params = nn.unbox(
+        jax.eval_shape(lambda key: FluxTransformer(shape).init(key, *INPUTS), jax.random.key(0))["params"]
+    )
+    adapter, config = lora_files.load_lora(file, transformer_params=params)
+    filled = lora_files.adapter_layers(adapter, config)
+    assert filled.keys() == layers.keys()
+    for name, x in filled.items():
+        expected = x.scale * x.b @ x.a
+        np.testing.assert_allclose(
+            expected, layers[name].scale * layers[name].b @ layers[name].a * (name in some), rtol=1e-5
+        )
+    with pytest.raises(UserError, match="does not fit the kernel"):
+        wider = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape[:-1], x.shape[-1] + 1), x.dtype), params)
+        lora_files.load_lora(file, transformer_params=wider)

@@ -63,7 +63,7 @@ def _requests() -> list[EditRequest]:
 
 def main(argv: list[str]) -> None:
     requests, size = _requests(), _size()
-    check_pictures(requests)
+    picture_sizes = check_pictures(requests)
     from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
     from cocoedit_jax.inference.load import load_for_editing
     from cocoedit_jax.reporting.telemetry import progress
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     )
     with progress(len(requests), "edit", "picture") as bar:
         edit_all(
-            PictureEditor(editor, params, adapter, options), requests,
+            PictureEditor(editor, params, adapter, options), requests, picture_sizes,
             side_by_side=_SIDE_BY_SIDE.value, progress=bar.update,
         )  # fmt: skip
     print(requests[0].out if len(requests) == 1 else f"{len(requests)} edits in {_OUT.value}")

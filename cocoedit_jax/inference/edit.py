@@ -17,7 +17,7 @@ from PIL import Image
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import sample
-from cocoedit_jax.inference.requests import EditRequest, check_pictures, open_picture
+from cocoedit_jax.inference.requests import EditRequest, open_picture
 from cocoedit_jax.models import kontext
 from cocoedit_jax.models.editor import KontextEditor
 
@@ -102,6 +102,7 @@ class PictureEditor:
 def edit_all(
     editor: PictureEditor,
     requests: Sequence[EditRequest],
+    sizes: Sequence[Size],
     *,
     side_by_side: bool = False,
     progress: Callable[[int], object] = lambda n: None,
@@ -109,14 +110,12 @@ def edit_all(
     """Makes every edit and writes it as soon as it is made, whole or not at all.
 
     Args:
+        sizes: (height, width) of every request's picture, from ``check_pictures``.
         side_by_side: also write ``NAME_side_by_side.png``, the picture beside its edit.
         progress: called with the number of edits after each batch.
-
-    Raises:
-        UserError: naming every picture that cannot be read, before anything is sampled.
     """
     groups: dict[tuple[Size, Size], list[EditRequest]] = defaultdict(list)
-    for request, size in zip(requests, check_pictures(requests), strict=True):
+    for request, size in zip(requests, sizes, strict=True):
         groups[editor.options.sizes(editor.editor, *size)].append(request)
     for (target, source), members in groups.items():
         for start in range(0, len(members), editor.options.batch_size):

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
@@ -16,7 +15,7 @@ from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh, replicated
-from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.sharding.rules import sharded_shapes
 
 
 def load_for_editing(
@@ -53,17 +52,13 @@ def load_for_editing(
             editor.grid(*size)
         except ValueError as error:
             raise UserError(f"--size={size[1]}x{size[0]}: {error}") from error
-    if lora_path is not None:
-        lora_files.read_lora(Path(lora_path))  # what is wrong with it is said before anything is encoded
+    file = None if lora_path is None else lora_files.read_lora(Path(lora_path))
     # Text comes first: JAX takes most of a GPU's memory when it starts.
     editor = dataclasses.replace(editor, text=encode(folder))
-    adapter = None if lora_path is None else _load_adapter(Path(lora_path), lora_scale, editor)
     mesh = make_mesh({"fsdp": -1})
-    params = load_params(editor, folder, parameter_shardings(editor.abstract(), mesh))
-    return editor, params, None if adapter is None else jax.device_put(adapter, replicated(mesh))
-
-
-def _load_adapter(path: Path, strength: float, editor: KontextEditor) -> Any:
-    params = nn.unbox(editor.abstract()["transformer"])
-    adapter, config = lora_files.load_lora(path, transformer_params=params)
-    return lora.fold_scale(adapter, dataclasses.replace(config, alpha=config.alpha * strength))
+    abstract, adapter = sharded_shapes(editor.abstract(), mesh), None
+    if file is not None:
+        tree, config = lora_files.stack_layers(file, abstract["transformer"])
+        config = dataclasses.replace(config, alpha=config.alpha * lora_scale)
+        adapter = jax.device_put(lora.fold_scale(tree, config), replicated(mesh))
+    return editor, load_params(folder, abstract), adapter

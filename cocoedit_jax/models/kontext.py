@@ -5,9 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import orbax_weights
@@ -125,15 +123,16 @@ def build_kontext(
     return editor
 
 
-def load_params(editor: KontextEditor, folder: Path, shardings: Any) -> Any:
-    """The frozen parameters, read straight into arrays placed by ``shardings``, a tree as ``editor.abstract()``.
+def load_params(folder: Path, abstract: Any) -> Any:
+    """The frozen parameters, read straight into arrays placed as ``abstract`` says.
+
+    Args:
+        folder: the model's.
+        abstract: shapes with shardings: ``sharding.rules.sharded_shapes`` of ``editor.abstract()``.
 
     Raises:
         UserError: files or tensors that are missing or do not fit, all together.
     """
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(editor.abstract()), shardings
-    )
     return {
         "transformer": orbax_weights.load_params(folder / "transformer", abstract["transformer"]),
         "autoencoder": orbax_weights.load_params(folder / "vae", abstract["autoencoder"]),

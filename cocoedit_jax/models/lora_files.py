@@ -19,6 +19,7 @@ from cocoedit_jax.models import model_card, weights
 from cocoedit_jax.models.lora import Adapter, LoraConfig, check_fits
 from cocoedit_jax.models.lora_bfl import LowRank
 from cocoedit_jax.models.lora_formats import DTYPES, FORMATS, PREFIX, decode, detect, encode, plain, unify
+from cocoedit_jax.reporting.telemetry import write_text
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FOLDER, PEFT_FILE, PEFT_CONFIG = "peft", "adapter_model.safetensors", "adapter_config.json"
@@ -187,19 +188,23 @@ def load_lora(
     alpha: float | None = None,
     transformer_params: Mapping[str, Any] | None = None,
 ) -> tuple[Adapter, LoraConfig]:
-    """The adapter (float32, layers stacked) and configuration of ``read_lora``, whose arguments these are.
+    """``stack_layers`` of ``read_lora``, whose arguments these are."""
+    return stack_layers(read_lora(path, format, alpha=alpha), transformer_params)
+
+
+def stack_layers(found: LoraFile, transformer_params: Mapping[str, Any] | None = None) -> tuple[Adapter, LoraConfig]:
+    """The adapter (float32, layers stacked) and configuration of a file that was read.
 
     Prints to standard error what the file leaves open.
 
     Args:
+        found: the file.
         transformer_params: the model's parameters, arrays or shapes. With them, a file that adapts only some layers of
             a stack gets zeros for the others, and everything is checked to fit the model.
 
     Raises:
-        UserError: as ``read_lora``, for what does not fit the model, and without a model for layers of a stack that the
-            file leaves out.
+        UserError: for what does not fit the model, and without a model for layers of a stack that the file leaves out.
     """
-    found = read_lora(path, format, alpha=alpha)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     stacks: dict[tuple[str, ...], dict[int, np.ndarray]] = {}  # layer -1: not in a stack
@@ -304,7 +309,7 @@ def write_lora(
         config.unlink(missing_ok=True)  # new tensors must not be read with an old alpha
     weights.save_safetensors(file, tensors, {**(info or {}), **header, "format": "pt"})
     if peft:
-        weights.save_text(config, json.dumps(_peft_config(cfg), indent=1) + "\n")
+        write_text(config, json.dumps(_peft_config(cfg), indent=1) + "\n")
     return file
 
 
@@ -317,4 +322,4 @@ def save_lora(folder: Path, adapter: Adapter, cfg: LoraConfig, info: Mapping[str
     layers = adapter_layers(adapter, cfg)
     write_lora(folder, layers, cfg, "diffusers", info=info)
     write_lora(folder / PEFT_FOLDER, layers, cfg, "peft", info=info)
-    weights.save_text(folder / CARD_FILE, model_card.write(cfg, len(layers), info or {}))
+    write_text(folder / CARD_FILE, model_card.write(cfg, len(layers), info or {}))

@@ -167,13 +167,6 @@ def save_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Ma
     temporary.replace(path)
 
 
-def save_text(path: Path, text: str) -> None:
-    """Writes ``path`` atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors and the header's metadata. Raises UserError when the file is absent or not safetensors."""
     if not path.is_file():

@@ -44,8 +44,13 @@ def write_json(path: Path, value: Any) -> None:
             return [encode(item) for item in node]
         return encode_number(node) if isinstance(node, float) else node
 
+    write_text(path, json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``path``, whole or not at all."""
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(encode(value), indent=1, allow_nan=False) + "\n")
+    draft.write_text(text)
     draft.replace(path)
 
 

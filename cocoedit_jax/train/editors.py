@@ -19,7 +19,7 @@ from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import DATA
-from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
@@ -76,4 +76,4 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
             f"{cache_path}: embeddings of widths {widths}; the transformer of {folder} expects "
             f"{(shape.joint_attention_dim, shape.pooled_projection_dim)}"
         )
-    return editor, lambda: load_params(editor, folder, parameter_shardings(editor.abstract(), mesh))
+    return editor, lambda: load_params(folder, sharded_shapes(editor.abstract(), mesh))

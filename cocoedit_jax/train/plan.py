@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh
 
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
 from cocoedit_jax.nft.presets import NFTConfig
-from cocoedit_jax.sharding.mesh import batch_sharding, replicated
-from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.sharding.mesh import batch_sharding
+from cocoedit_jax.sharding.rules import sharded_shapes
 from cocoedit_jax.train.step import StepBatch, StepScalars, TrainState, make_optimizer, make_train_step
 
 
@@ -36,19 +35,6 @@ class StepShape:
     sampler_steps: int = 10
 
 
-def _placed(tree: Any, sharding: Any) -> Any:
-    """Shapes of ``tree`` with ``sharding``, one for all leaves or a tree of them."""
-    if isinstance(sharding, jax.sharding.Sharding):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
-
-
-def abstract_params(editor: KontextEditor, mesh: Mesh) -> Any:
-    """Shapes of the frozen parameters as the rule table shards them."""
-    boxed = editor.abstract()
-    return _placed(nn.unbox(boxed), parameter_shardings(boxed, mesh))
-
-
 def abstract_state(params: Any, cfg: NFTConfig, lora_cfg: lora.LoraConfig, mesh: Mesh) -> TrainState:
     """Shapes of the replicated training state."""
 
@@ -57,7 +43,7 @@ def abstract_state(params: Any, cfg: NFTConfig, lora_cfg: lora.LoraConfig, mesh:
         ema = theta if cfg.ema_decay > 0 else None
         return TrainState(theta, theta, ema, make_optimizer(3e-4, 1e-4, 1.0).init(theta), jnp.zeros((), jnp.int32))
 
-    return _placed(jax.eval_shape(init, jax.random.key(0)), replicated(mesh))
+    return sharded_shapes(jax.eval_shape(init, jax.random.key(0)), mesh)
 
 
 def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: StepShape, mesh: Mesh) -> StepBatch:
@@ -99,7 +85,7 @@ def lower_step(
     grid = editor.grid(shape.height, shape.width)
     sigmas = editor.sigmas(shape.sampler_steps, grid)
     step = make_train_step(editor, grid, sigmas, cfg, lora_cfg, make_optimizer(3e-4, 1e-4, 1.0), mesh)
-    params = abstract_params(editor, mesh)
+    params = sharded_shapes(editor.abstract(), mesh)
     scalar = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("count", "old_decay", "ema_decay")}
     key = jax.eval_shape(lambda: jax.random.key(0))
     scalars = StepScalars(num_micro=jax.ShapeDtypeStruct((), jnp.int32), key=key, **scalar)  # pyright: ignore
@@ -107,7 +93,7 @@ def lower_step(
         abstract_state(params, cfg, lora_cfg, mesh),
         params,
         _abstract_batch(editor, grid, cfg, shape, mesh),
-        _placed(scalars, replicated(mesh)),
+        sharded_shapes(scalars, mesh),
     )
 
 

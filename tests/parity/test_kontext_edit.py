@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
-from cocoedit_jax.inference.requests import EditRequest
+from cocoedit_jax.inference.requests import EditRequest, check_pictures
 from cocoedit_jax.models.kontext import PREFERRED_SIZES, build_kontext, fitted_size, load_params, preferred_size
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh
-from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.sharding.rules import sharded_shapes
 from tests.parity.tiny_kontext import save_tiny_kontext
 
 SEED = int(os.environ.get("PARITY_SEED", "0"))
@@ -44,7 +44,7 @@ def load(folder, pipeline, text_tokens=64, **options):
     table = {p: {"text": states[i].numpy(), "pooled": pooled[i].numpy()} for i, p in enumerate(PROMPTS)}
     editor = build_kontext(folder, PrecomputedText.of(table), dtype=jnp.float32, **options)
     mesh = make_mesh({"fsdp": 2, "tensor": 2})
-    return editor, load_params(editor, folder, parameter_shardings(editor.abstract(), mesh))
+    return editor, load_params(folder, sharded_shapes(editor.abstract(), mesh))
 
 
 def picture(rng, height, width):
@@ -148,13 +148,14 @@ def test_a_batch_is_written_as_it_comes(folder, pipeline, tmp_path):
         requests.append(EditRequest(path, PROMPTS[number % 2], tmp_path / "out" / f"{number}.png", seed=number))
     done = []
     options = EditOptions(2, "euler", (32, 32), "target", batch_size=2)
-    edit_all(PictureEditor(editor, params, None, options), requests, side_by_side=True, progress=done.append)
+    sizes = check_pictures(requests)
+    edit_all(PictureEditor(editor, params, None, options), requests, sizes, side_by_side=True, progress=done.append)
     assert done == [2, 1]
     assert pixels(tmp_path / "out/2.png").shape == (32, 32, 3)
     assert pixels(tmp_path / "out/2_side_by_side.png").shape == (32, 64, 3)
     # An edit depends on its own seed, not on its batch.
     alone = PictureEditor(editor, params, None, EditOptions(2, "euler", (32, 32), "target"))
-    edit_all(alone, [EditRequest(requests[1].image, PROMPTS[1], tmp_path / "alone.png", seed=1)])
+    edit_all(alone, [EditRequest(requests[1].image, PROMPTS[1], tmp_path / "alone.png", seed=1)], sizes[1:2])
     pair = [pixels(tmp_path / name) for name in ("alone.png", "out/1.png")]
     assert np.abs(pair[0] - pair[1]).max() <= 1
     assert not list(tmp_path.rglob("*.tmp*"))

@@ -14,7 +14,8 @@ from cocoedit_jax.models.quickstart import build_editor
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.sharding.mesh import make_mesh
-from cocoedit_jax.train.plan import StepShape, abstract_params, abstract_state, lower_step, memory
+from cocoedit_jax.sharding.rules import sharded_shapes
+from cocoedit_jax.train.plan import StepShape, abstract_state, lower_step, memory
 from tests.train.tiny import SIZE, tiny_quickstart
 
 
@@ -29,13 +30,13 @@ def test_a_tiny_step_needs_its_parameters_state_and_batch():
     cfg, lora_cfg = preset("edit-r1"), lora.LoraConfig(2, 4)
     shape = StepShape(SIZE, SIZE, text_tokens=tiny_quickstart().max_words, samples=8, micro_batch=4)
     planned = memory(lower_step(editor, cfg, lora_cfg, shape, mesh).compile())
-    params = abstract_params(editor, mesh)
+    params = sharded_shapes(editor.abstract(), mesh)
     state = abstract_state(params, cfg, lora_cfg, mesh)
     assert state.ema is not None
     held = local_bytes(params["transformer"]) + local_bytes(state)
     assert planned["arguments"] >= held
     assert planned["aliased"] >= 0.9 * local_bytes(state)  # the state is donated
-    whole = abstract_params(editor, make_mesh({"data": 1}))
+    whole = sharded_shapes(editor.abstract(), make_mesh({"data": 1}))
     assert local_bytes(params["transformer"]) < 0.5 * local_bytes(whole["transformer"])
 
 

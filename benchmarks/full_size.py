@@ -23,8 +23,9 @@ from jax.experimental import topologies
 
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
-from cocoedit_jax.models.editor import KontextEditor
-from cocoedit_jax.models.flux import REMAT_POLICIES, FluxConfig, FluxTransformer
+from cocoedit_jax.models.blocks import REMAT_POLICIES
+from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.kontext import KontextEditor
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.sharding.mesh import make_mesh

@@ -58,7 +58,7 @@ def _requests() -> list[EditRequest]:
         return read_requests(Path(_BATCH.value), Path(_OUT.value or "."), _SEED.value)
     if not _IMAGE.value or not _PROMPT.value:
         raise UserError("--image and --prompt: give both, or --batch=FILE.jsonl")
-    return [EditRequest(Path(_IMAGE.value), _PROMPT.value, Path(_OUT.value or ""), _SEED.value)]
+    return [EditRequest((Path(_IMAGE.value),), _PROMPT.value, Path(_OUT.value or ""), _SEED.value)]
 
 
 def main(argv: list[str]) -> None:

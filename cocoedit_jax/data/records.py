@@ -38,6 +38,7 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
     line: int = 0
     bucket: int = 0
+    image_name: str = ""  # as the metadata file has it
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ def _parse_line(root: Path, resolved: Path, text: str, number: int) -> Record:
         edit_type=edit_type,
         extra={name: value for name, value in data.items() if name not in _KNOWN_FIELDS},
         line=number,
+        image_name=data["image"],
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.text import PrecomputedText
@@ -28,7 +28,7 @@ def load_for_editing(
     guidance: float = 2.5,
     vae_tile: int | None = None,
     size: tuple[int, int] | None = None,
-) -> tuple[KontextEditor, Any, Any]:
+) -> tuple[Editor, Any, Any]:
     """The editor, its parameters over all devices, and the folded adapter (None without ``lora_path``).
 
     What can be refused is refused before the weights are read.

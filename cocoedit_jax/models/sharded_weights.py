@@ -123,7 +123,12 @@ def leaf_dtypes(
 
 
 def load_sharded(
-    source: Path, abstract: Mapping[str, Any], *, dtype: Any = None, read_ahead: int = READ_AHEAD
+    source: Path,
+    abstract: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    skip: Mapping[str, Any] | None = None,
+    read_ahead: int = READ_AHEAD,
 ) -> dict[str, Any]:
     """Parameters from safetensors files, every array placed as ``abstract`` says.
 
@@ -132,6 +137,7 @@ def load_sharded(
         abstract: nested dict of ShapeDtypeStructs or arrays, without partitioning boxes. Their shardings say where the
             arrays go (NamedSharding or SingleDeviceSharding; none: the first local device).
         dtype: of all arrays; None takes that of ``abstract``, ``"stored"`` that of the files.
+        skip: shapes of more parameters, which the source must hold too and which are not read.
         read_ahead: bytes that may be in memory between being read and being placed.
 
     Returns:
@@ -143,7 +149,8 @@ def load_sharded(
     """
     found = safetensors_folder.scan(source)
     specs, flat = weights.tensor_specs(abstract), weights.flatten(abstract)
-    problems = weights.misfits(specs, {n: t.shape for n, t in found.tensors.items()}, found.lost)
+    known = specs | weights.tensor_specs(skip or {})
+    problems = weights.misfits(known, {n: t.shape for n, t in found.tensors.items()}, found.lost)
     stored = ((spec.path, found.tensors[name].dtype) for name, spec in specs.items() if name in found.tensors)
     dtypes, mixed = leaf_dtypes(flat, dtype, stored)
     weights.refuse(str(source), found.problems + problems + mixed, "problem(s) with the weights")

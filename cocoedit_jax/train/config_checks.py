@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
 from cocoedit_jax.models.attention import BACKENDS
-from cocoedit_jax.models.flux import REMAT_POLICIES
+from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.registry import weighted_rewards
 from cocoedit_jax.sharding.mesh import DATA

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from cocoedit_jax.data.text_cache import TextCache, cache_folder, encode_command
 from cocoedit_jax.data.text_identity import text_identity
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.quickstart import load_base
@@ -24,7 +24,7 @@ from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
 # The editor, and a function that loads its parameters: so that what can be refused is refused before they are read.
-Loaded = tuple[KontextEditor, Callable[[], Any]]
+Loaded = tuple[Editor, Callable[[], Any]]
 Loader = Callable[[ConfigDict, Mesh, Path], Loaded]  # configuration, mesh, data folder
 EDITORS: dict[str, Loader] = {}
 
@@ -60,7 +60,11 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
     remedy = f"add them with: {encode_command(cache_path, model.text_tokens)}"
     editor = build_kontext(
         folder,
-        PrecomputedText(cache, cache.__contains__, remedy),
+        PrecomputedText(
+            lambda instructions: cache([instruction.prompt for instruction in instructions]),
+            lambda instruction: instruction.prompt in cache,
+            remedy,
+        ),
         dtype=jnp.dtype(model.dtype),
         vae_dtype=jnp.dtype(model.vae_dtype),
         vae_tile=model.vae_tile or None,

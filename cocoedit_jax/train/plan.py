@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid
+from cocoedit_jax.models.text import TextStates
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.sharding.mesh import batch_sharding
 from cocoedit_jax.sharding.rules import sharded_shapes
@@ -22,6 +23,7 @@ class StepShape:
     Attributes:
         height, width: of the pictures, pixels.
         text_tokens: length of the text states.
+        text_mask: whether they come with a mask.
         samples: per optimizer step, over all devices.
         micro_batch: samples per forward and backward, over all devices.
         sampler_steps: of the rollout, whose sigmas are trained on.
@@ -30,6 +32,7 @@ class StepShape:
     height: int = 512
     width: int = 512
     text_tokens: int = 128
+    text_mask: bool = False
     samples: int = 288
     micro_batch: int = 24
     sampler_steps: int = 10
@@ -46,7 +49,7 @@ def abstract_state(params: Any, cfg: NFTConfig, lora_cfg: lora.LoraConfig, mesh:
     return sharded_shapes(jax.eval_shape(init, jax.random.key(0)), mesh)
 
 
-def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: StepShape, mesh: Mesh) -> StepBatch:
+def _abstract_batch(editor: Editor, grid: Grid, cfg: NFTConfig, shape: StepShape, mesh: Mesh) -> StepBatch:
     model = editor.transformer.config
     count = -(-shape.samples // shape.micro_batch)
 
@@ -59,9 +62,12 @@ def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: St
         x0=array(*tokens),
         conditioning=Conditioning(
             source=array(*tokens),
-            text=array(shape.text_tokens, model.joint_attention_dim, dtype=text_dtype),
-            pooled=array(model.pooled_projection_dim, dtype=text_dtype),
-            guidance=array(),
+            text=TextStates(
+                array(shape.text_tokens, model.joint_attention_dim, dtype=text_dtype),
+                None if model.pooled_features is None else array(model.pooled_features, dtype=text_dtype),
+                array(shape.text_tokens, dtype=jnp.bool_) if shape.text_mask else None,
+            ),
+            guidance=None if editor.guidance is None else array(),
         ),
         preserve_latent=array(grid.height, grid.width),
         r=array(grid.tokens) if cfg.r_granularity == "token" else array(),
@@ -74,7 +80,7 @@ def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: St
 
 
 def lower_step(
-    editor: KontextEditor, cfg: NFTConfig, lora_cfg: lora.LoraConfig, shape: StepShape, mesh: Mesh
+    editor: Editor, cfg: NFTConfig, lora_cfg: lora.LoraConfig, shape: StepShape, mesh: Mesh
 ) -> jax.stages.Lowered:
     """The optimizer step, traced for ``mesh``, whose devices may be those of a topology that is not there
     (``jax.experimental.topologies``); ``.compile()`` it for memory and collectives.

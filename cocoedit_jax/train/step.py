@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.objective import ObjectiveInputs, get_objective, reduce_global, reduce_micro
 from cocoedit_jax.nft.policy import blend
 from cocoedit_jax.nft.presets import NFTConfig
@@ -84,7 +84,7 @@ def make_optimizer(learning_rate: float, weight_decay: float, max_grad_norm: flo
 
 
 def make_train_step(
-    editor: KontextEditor,
+    editor: Editor,
     grid: Grid,
     sigmas: np.ndarray,
     cfg: NFTConfig,

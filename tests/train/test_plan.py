@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
-from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.kontext import KontextEditor
 from cocoedit_jax.models.quickstart import build_editor
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.nft.presets import preset

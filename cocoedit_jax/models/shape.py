@@ -4,19 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.config_checks import is_count
 
 Check = tuple[str, Callable[[Any], bool]]  # what is expected, and whether a value is that
 Checks = dict[str, Check]
 T = TypeVar("T")
 
 
-def _size(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-SIZE: Check = ("a positive whole number", _size)
-COUNT: Check = ("a whole number", lambda x: x == 0 or _size(x))
-SIZES: Check = ("a list of whole numbers", lambda x: isinstance(x, list | tuple) and all(map(_size, x)))
+SIZE: Check = ("a positive whole number", is_count)
+COUNT: Check = ("a whole number", lambda x: x == 0 or is_count(x))
+SIZES: Check = ("a list of whole numbers", lambda x: isinstance(x, list | tuple) and all(map(is_count, x)))
 FLAG: Check = ("true or false", lambda x: isinstance(x, bool))
 
 

@@ -10,7 +10,7 @@ from cocoedit_jax.models.autoencoder_qwen import AutoencoderQwen
 from cocoedit_jax.models.autoencoder_qwen_config import AutoencoderQwenConfig
 from cocoedit_jax.models.autoencoder_qwen_weights import load_params
 from tests.parity.autoencoder_cases import from_torch, to_torch
-from tests.parity.flux_cases import SEED, randomise
+from tests.parity.transformer_cases import SEED, randomise
 
 QWEN_LIKE = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True], "z_dim": 16}
 

@@ -22,7 +22,7 @@ from cocoedit_jax.models.autoencoder_kl import (
 from cocoedit_jax.models.autoencoder_kl_config import DIFFUSERS_DEFAULTS, AutoencoderKLConfig
 from cocoedit_jax.models.autoencoder_layers import Downsample, ResampleBlock, ResnetBlock, Upsample
 from tests.parity.autoencoder_cases import AutoencoderCase, draw_autoencoder, from_torch, to_torch
-from tests.parity.flux_cases import SEED, relative_error
+from tests.parity.transformer_cases import SEED, relative_error
 
 TOLERANCE = 1e-5
 NO_TIME = None  # the time embedding that diffusers' residual blocks ask for

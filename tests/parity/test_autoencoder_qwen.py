@@ -15,7 +15,7 @@ from cocoedit_jax.sharding.mesh import DATA, make_mesh
 from cocoedit_jax.sharding.rules import sharded_shapes
 from tests.parity.autoencoder_cases import from_torch, to_torch
 from tests.parity.autoencoder_qwen_cases import QwenAutoencoderCase, draw_qwen_autoencoder
-from tests.parity.flux_cases import SEED, relative_error, to_numpy
+from tests.parity.transformer_cases import SEED, relative_error, to_numpy
 
 TOLERANCE = 5e-6
 

@@ -12,7 +12,7 @@ from cocoedit_jax.models import lora, weights
 from cocoedit_jax.models.blocks import REMAT_POLICIES, BlockInputs, DoubleStreamBlock
 from cocoedit_jax.models.flux import IMAGE, TEXT, SingleBlock, TimeTextEmbed
 from cocoedit_jax.models.layers import LORA, Modulation, layer_norm, modulate, rope_table
-from tests.parity.flux_cases import relative_error
+from tests.parity.transformer_cases import relative_error
 
 FORWARD, GRADIENT = 1e-5, 1e-4
 BLOCK_OPTIONS = (jnp.float32, "auto")

@@ -14,8 +14,8 @@ from cocoedit_jax.data.records import read_metadata
 from cocoedit_jax.data.text_cache import TextCache, cache_folder
 from cocoedit_jax.data.text_identity import text_identity
 from cocoedit_jax.errors import UserError
-from tests.parity.flux_cases import SEED
 from tests.parity.tiny_kontext import save_tiny_kontext
+from tests.parity.transformer_cases import SEED
 from torch_bridge.flux_text import FluxTextEncoder, encode_folder
 
 torch = pytest.importorskip("torch", reason="needs the [bridge] extra")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cocoedit_jax.flow.packing import position_ids
 from cocoedit_jax.models import orbax_weights
 from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
-from cocoedit_jax.models.editor import Conditioning, Editor, Grid, Size
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid, Params, Size
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
 from cocoedit_jax.models.pipeline import check_channels, read_part, read_schedule
 from cocoedit_jax.models.text import TextSide
@@ -121,16 +121,17 @@ def build_kontext(
     return editor
 
 
-def load_params(folder: Path, abstract: Any) -> Any:
-    """The frozen parameters, read straight into arrays placed as ``abstract`` says.
+def load_params(folder: Path, editor: KontextEditor, place: Callable[[Any], Any]) -> Params:
+    """The frozen parameters, read straight into arrays.
 
     Args:
         folder: the model's.
-        abstract: shapes with shardings: ``sharding.rules.sharded_shapes`` of ``editor.abstract()``.
+        place: boxed shapes to shapes with shardings: ``sharding.rules.sharded_shapes`` on some mesh.
 
     Raises:
         UserError: files or tensors that are missing or do not fit, all together.
     """
+    abstract = place(editor.abstract())
     return {
         "transformer": orbax_weights.load_params(folder / "transformer", abstract["transformer"]),
         "autoencoder": orbax_weights.load_params(folder / "vae", abstract["autoencoder"]),

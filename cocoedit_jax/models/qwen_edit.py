@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +135,12 @@ def with_modulation_at(editor: QwenEditor, sigmas: Sequence[np.ndarray]) -> Qwen
     return dataclasses.replace(editor, modulation_sigmas=tuple(sorted(visited | clean)))
 
 
-def load_params(folder: Path, editor: QwenEditor, place: Any) -> Any:
+def load_params(folder: Path, editor: QwenEditor, place: Callable[[Any], Any]) -> Params:
     """The frozen parameters, read straight into arrays.
 
     Args:
         folder: the model's.
-        place: boxed shapes to shapes with shardings: ``sharding.rules.sharded_shapes`` of a mesh.
+        place: boxed shapes to shapes with shardings: ``sharding.rules.sharded_shapes`` on some mesh.
 
     Raises:
         UserError: files or tensors that are missing or do not fit, all together.

@@ -1,6 +1,7 @@
 """The editors that ``config.model.kind`` can name. Adding one is a function here (CONTRIBUTING.md, "Add an editor")."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from ml_collections import ConfigDict
 from cocoedit_jax.data.text_cache import TextCache, cache_folder, encode_command
 from cocoedit_jax.data.text_identity import text_identity
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models import kontext
 from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
-from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import DATA
@@ -58,7 +59,7 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
     cache_path = cache_folder(data, model.text_tokens)
     cache = TextCache(cache_path, text_identity(folder), model.text_tokens)
     remedy = f"add them with: {encode_command(cache_path, model.text_tokens)}"
-    editor = build_kontext(
+    editor = kontext.build_kontext(
         folder,
         PrecomputedText(
             lambda instructions: cache([instruction.prompt for instruction in instructions]),
@@ -80,4 +81,4 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
             f"{cache_path}: embeddings of widths {widths}; the transformer of {folder} expects "
             f"{(shape.joint_attention_dim, shape.pooled_projection_dim)}"
         )
-    return editor, lambda: load_params(folder, sharded_shapes(editor.abstract(), mesh))
+    return editor, lambda: kontext.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))

@@ -40,6 +40,7 @@ def make_sampler(editor: Editor, grid: Grid, sigmas: np.ndarray, solver: str, me
 
     Every sample has its own key, so the noise does not depend on how samples are batched or spread over devices.
     """
+    editor.check_sigmas(sigmas)
 
     def draw(params: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> tuple[Array, Array]:
         shape = (grid.tokens, editor.token_channels)

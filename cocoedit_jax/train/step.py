@@ -97,6 +97,7 @@ def make_train_step(
     ``finite`` is a tree of flags, one for each gradient; if any is False, or the loss or a norm is not finite, the
     returned state is the given one, unchanged. ``state`` is donated.
     """
+    editor.check_sigmas(sigmas)
     objective = get_objective(cfg.objective)
     trained = sigmas[:-1] if cfg.train_at_pure_noise or len(sigmas) == 2 else sigmas[sigmas < 1][:-1]
     levels = jnp.asarray(trained, jnp.float32)

@@ -44,7 +44,7 @@ def load(folder, pipeline, text_tokens=64, **options):
     table = {p: {"text": states[i].numpy(), "pooled": pooled[i].numpy()} for i, p in enumerate(PROMPTS)}
     editor = build_kontext(folder, PrecomputedText.of(table), dtype=jnp.float32, **options)
     mesh = make_mesh({"fsdp": 2, "tensor": 2})
-    return editor, load_params(folder, sharded_shapes(editor.abstract(), mesh))
+    return editor, load_params(folder, editor, lambda tree: sharded_shapes(tree, mesh))
 
 
 def picture(rng, height, width):

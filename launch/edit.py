@@ -4,20 +4,23 @@
     python -m launch.edit --model=DIR --batch=edits.jsonl --out=FOLDER       # lines {"image", "prompt", "out", "seed"}
 
 DIR is the model in diffusers' layout, or its name in the Hugging Face cache; nothing is downloaded. Text is encoded by
-PyTorch: pip install 'cocoedit-jax[bridge]'. Qwen-Image-Edit-2509 and later take several pictures: --image once for each.
+PyTorch: pip install 'cocoedit-jax[bridge]'. Qwen-Image-Edit-2509 and 2511 take several pictures: one --image each.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
 from cocoedit_jax.inference.requests import SOURCE_SIZES, EditRequest, check_pictures, open_picture, read_requests
-from cocoedit_jax.models.text import Instruction, PrecomputedText
 from launch import command
+
+if TYPE_CHECKING:  # commands check their flags before JAX is imported
+    from cocoedit_jax.models.text import PrecomputedText
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder, or a repository name in the Hugging Face cache.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "Picture to edit; needs --prompt. Several times for several pictures.")
@@ -39,8 +42,8 @@ _NEGATIVE = flags.DEFINE_string("negative", " ", "Prompt that --true_cfg leads a
 _SIZE = flags.DEFINE_string("size", "auto", "Size of the edit, WIDTHxHEIGHT in pixels; auto: about a megapixel.")
 _SOURCE = flags.DEFINE_enum(
     "source_size", "preferred", list(SOURCE_SIZES),
-    "Size at which the model sees a picture: as its own pipeline chooses it (for FLUX.1 Kontext the nearest in shape of "
-    "those that it was trained on), the edit's (stretched to it; as CoCoEdit trains), or its own.",
+    "Size at which the model sees a picture: as its pipeline chooses it (FLUX.1 Kontext: the nearest in shape of those "
+    "that it was trained on), the edit's (stretched to it; as CoCoEdit trains), or its own.",
 )  # fmt: skip
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Edits of one size sampled at once.", lower_bound=1)
 _SIDE_BY_SIDE = flags.DEFINE_bool("side_by_side", False, "Also write the picture beside its edit.")
@@ -66,12 +69,11 @@ def _requests() -> list[EditRequest]:
         return read_requests(Path(_BATCH.value), Path(_OUT.value or "."), _SEED.value)
     if not _IMAGE.value or not _PROMPT.value:
         raise UserError("--image and --prompt: give both, or --batch=FILE.jsonl")
-    return [
-        EditRequest(tuple(Path(image) for image in _IMAGE.value), _PROMPT.value, Path(_OUT.value or ""), _SEED.value)
-    ]
+    images = tuple(Path(image) for image in _IMAGE.value)
+    return [EditRequest(images, _PROMPT.value, Path(_OUT.value or ""), _SEED.value)]
 
 
-def _encode(folder: Path, kind: str, requests: Sequence[EditRequest]) -> PrecomputedText:
+def _encode(folder: Path, kind: str, requests: Sequence[EditRequest]) -> "PrecomputedText":
     """Embeddings of all instructions."""
     if kind == "flux":
         from torch_bridge.flux_text import encode_prompts
@@ -80,6 +82,7 @@ def _encode(folder: Path, kind: str, requests: Sequence[EditRequest]) -> Precomp
     from torch_bridge.qwen_text import encode_edits
 
     from cocoedit_jax.inference.edit import picture_names
+    from cocoedit_jax.models.text import Instruction
 
     pictures = {picture_names(request): request.images for request in requests}
     return encode_edits(

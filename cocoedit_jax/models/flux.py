@@ -65,7 +65,7 @@ class FluxConfig:
             "guidance_embeds": FLAG,
             "axes_dims_rope": SIZES,
             "patch_size": exactly(1),
-            "out_channels": exactly(None, raw.get("in_channels", cls.in_channels)),
+            "out_channels": ("null or in_channels", lambda x: x in (None, raw.get("in_channels", cls.in_channels))),
         }
         checks |= dict.fromkeys(("num_layers", "num_single_layers"), COUNT)
         checks |= dict.fromkeys(("in_channels", "attention_head_dim", "num_attention_heads"), SIZE)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.parity.flux_cases import randomise
+from tests.parity.transformer_cases import randomise
 
 EDIT, EDIT_PLUS = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
 _SPECIAL = (

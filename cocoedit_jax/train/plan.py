@@ -8,8 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cocoedit_jax.models import lora
+from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
+from cocoedit_jax.models.autoencoder_qwen import AutoencoderQwen
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid
-from cocoedit_jax.models.text import TextStates
+from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.kontext import KontextEditor
+from cocoedit_jax.models.qwen import QwenConfig, QwenTransformer
+from cocoedit_jax.models.qwen_edit import QwenEditor, with_modulation_at
+from cocoedit_jax.models.text import PrecomputedText, TextStates
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.sharding.mesh import batch_sharding
 from cocoedit_jax.sharding.rules import sharded_shapes
@@ -26,6 +32,7 @@ class StepShape:
         text_mask: whether they come with a mask.
         samples: per optimizer step, over all devices.
         micro_batch: samples per forward and backward, over all devices.
+        precompute_modulation: of models that can, as in training.
         sampler_steps: of the rollout, whose sigmas are trained on.
     """
 
@@ -35,7 +42,27 @@ class StepShape:
     text_mask: bool = False
     samples: int = 288
     micro_batch: int = 24
+    precompute_modulation: bool = True
     sampler_steps: int = 10
+
+
+FLUX_SCHEDULE = (("base_shift", 0.5), ("max_shift", 1.15), ("base_seq_len", 256), ("max_seq_len", 4096))
+QWEN_SCHEDULE = (
+    ("base_shift", 0.5), ("max_shift", 0.9), ("base_seq_len", 256), ("max_seq_len", 8192), ("shift_terminal", 0.02),
+)  # fmt: skip
+
+
+def published_editor(
+    kind: str, *, dtype: Any = jnp.bfloat16, remat: str = "full", attention_backend: str = "auto"
+) -> Editor:
+    """The editor of a published model, without its files: ``flux_kontext``, ``qwen_image_edit`` (2509) or
+    ``qwen_image_edit_2511``."""
+    text = PrecomputedText.of({})
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "attention_backend": attention_backend}
+    if kind == "flux_kontext":
+        return KontextEditor(FluxTransformer(FluxConfig(), **options), AutoencoderKL(), text, schedule=FLUX_SCHEDULE)
+    shape = {"qwen_image_edit": QwenConfig(), "qwen_image_edit_2511": QwenConfig(zero_cond_t=True)}[kind]
+    return QwenEditor(QwenTransformer(shape, **options), AutoencoderQwen(), text, schedule=QWEN_SCHEDULE)
 
 
 def abstract_state(params: Any, cfg: NFTConfig, lora_cfg: lora.LoraConfig, mesh: Mesh) -> TrainState:
@@ -90,6 +117,8 @@ def lower_step(
     """
     grid = editor.grid(shape.height, shape.width)
     sigmas = editor.sigmas(shape.sampler_steps, grid)
+    if isinstance(editor, QwenEditor) and shape.precompute_modulation:
+        editor = with_modulation_at(editor, [sigmas])
     step = make_train_step(editor, grid, sigmas, cfg, lora_cfg, make_optimizer(3e-4, 1e-4, 1.0), mesh)
     params = sharded_shapes(editor.abstract(), mesh)
     scalar = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("count", "old_decay", "ema_decay")}

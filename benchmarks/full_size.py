@@ -1,4 +1,4 @@
-"""The optimizer step of a published model at its real size, compiled ahead of time: memory per device, no weights needed.
+"""The optimizer step of a published model at its real size, compiled ahead of time: memory per device, no weights.
 
     JAX_PLATFORMS=cpu python -m benchmarks.full_size [--model=qwen_image_edit]            # for the CPU backend
     JAX_PLATFORMS=cpu python -m benchmarks.full_size --topology=v5p:2x2x1 --fsdp=4        # for TPUs that are not there

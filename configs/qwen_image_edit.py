@@ -3,11 +3,10 @@
     python -m launch.prepare_data --encode=qwen --model=Qwen/Qwen-Image-Edit-2509 --out=DATA --resolution=512
     python -m launch.train --config=configs/qwen_image_edit.py --config.data.path=DATA --config.judge.name=MODULE:JUDGE
 
-Presets as in the quickstart: configs/qwen_image_edit.py:cocoedit-official and so on. Qwen-Image-Edit and its 2511
-variant (configs/qwen_image_edit_2511.py) train with the same file: --config.model.path names the model, whose own
-configuration says which it is. 24 groups of 12 edits per optimizer step; at 512 px a sample costs 35.2 TFLOP per forward
-pass. Expected result (paper, GEdit-Bench): score 7.560 -> 7.754, PSNR outside the mask 19.49 -> 22.28 dB; not
-reproduced yet.
+Presets as in the quickstart: configs/qwen_image_edit.py:cocoedit-official and so on. The first Qwen-Image-Edit trains
+with the same file (--config.model.path says which model), 2511 with configs/qwen_image_edit_2511.py. 24 groups of 12
+edits per optimizer step; at 512 px a sample costs 35.2 TFLOP per forward pass. Expected result (paper, GEdit-Bench):
+score 7.560 -> 7.754, PSNR outside the mask 19.49 -> 22.28 dB; not reproduced yet.
 """
 
 from ml_collections import ConfigDict

@@ -90,7 +90,7 @@ def test_the_picture_is_resized_as_diffusers_does(folder, pipeline):
     noise = rng.standard_normal((1, editor.grid(*size).tokens, editor.token_channels)).astype(np.float32)
     own = (75 // 16 * 16, 52 // 16 * 16)
     program = PictureEditor(editor, params, None, EditOptions(2, "euler", size, "own"))
-    assert program.options.sizes(editor, 75, 52) == (size, own)
+    assert program.options.sizes(editor, [(75, 52)]) == (size, (own,))
     ours = program([[source]], PROMPTS[:1], jnp.asarray(noise), (size, (own,)))
     theirs = pipeline(
         image=source, prompt=PROMPTS[:1], height=64, width=48, max_area=64 * 48, _auto_resize=False,

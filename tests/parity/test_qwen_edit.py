@@ -38,13 +38,14 @@ def case(request, torch_side, tmp_path_factory):
     return (*CASES[request.param], tmp_path_factory.mktemp(request.param))
 
 
-def reference(folder, name, monkeypatch):
-    """diffusers' pipeline of ``folder``, with areas that a test can afford."""
+def reference(folder, name, monkeypatch, areas=None):
+    """diffusers' pipeline of ``folder``, with areas that a test can afford: ``AREA``, or what ``areas`` says."""
     import diffusers
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-    small = lambda calculate: lambda area, ratio: calculate(AREA, ratio)  # noqa: E731
+    chosen = lambda area: AREA if areas is None else areas.get(area, area)  # noqa: E731
+    small = lambda calculate: lambda area, ratio: calculate(chosen(area), ratio)  # noqa: E731
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         monkeypatch.setattr(module, "calculate_dimensions", small(module.calculate_dimensions))
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")

@@ -55,7 +55,7 @@ def cache_text(
         raise UserError(f"{root / METADATA}: no usable record; expected one JSON object per line")
     by_key: dict[bytes, tuple[Instruction, Record]] = {}
     for record in records:
-        instruction = Instruction(record.prompt, record.image.relative_to(root).as_posix())
+        instruction = Instruction(record.prompt, record.image_name)
         by_key.setdefault(entry_key(kind, instruction), (instruction, record))
     instructions = [instruction for instruction, _ in by_key.values()]
 

@@ -23,6 +23,7 @@ from cocoedit_jax.data.text_record import Row, to_bytes
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.text import Instruction, PrecomputedText
 from cocoedit_jax.reporting.telemetry import progress
+from torch_bridge import require_torch
 from torch_bridge.encode import cache_text, precompute
 from torch_bridge.text_encoder import TextEncoder, load_pretrained
 
@@ -32,6 +33,7 @@ _SYSTEM = (
     "requirements while maintaining consistency with the original input where appropriate."
 )
 _BEFORE, _AFTER = f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+MAX_ASPECT = 200  # that the picture processor takes
 SYSTEM_TOKENS = 64  # of _BEFORE; their states are dropped
 _PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 _RESERVED = ("<|image_pad|>", "<|video_pad|>")
@@ -58,8 +60,9 @@ def resize_to_area(image: Image.Image, area: int) -> Image.Image:
     ratio = image.width / image.height
     width = math.sqrt(area * ratio)
     sides = [round(side / 32) * 32 for side in (width, width / ratio)]
-    if not all(sides):
-        raise UserError(f"picture of {image.width}x{image.height} px: too narrow for {area} px in multiples of 32")
+    if max(sides) >= MAX_ASPECT * min(sides):
+        limit = f"expected an aspect ratio below {MAX_ASPECT}"
+        raise UserError(f"picture of {image.width}x{image.height} px: too narrow; {limit}")
     return image.convert("RGB").resize((sides[0], sides[1]), Image.Resampling.LANCZOS)
 
 
@@ -189,7 +192,8 @@ def encode_folder(
         framing: of training; the encoder sees the framed pictures.
         min_bucket_records: as in training, where buckets with fewer records are given up (`read_records`).
     """
-    root = Path(data_dir)
+    require_torch("transformers")
+    root, kind = Path(data_dir), qwen_kind(qwen_template(model_dir), framing)
     with progress(0, "check records", "record") as bar:
 
         def done(count: int, total: int) -> None:
@@ -200,7 +204,7 @@ def encode_folder(
     return cache_text(
         root,
         model_dir,
-        qwen_kind(qwen_template(model_dir), framing),
+        kind,
         found.records,
         found.faults,
         lambda dtype: QwenTextEncoder(model_dir, dtype=dtype),

@@ -2,8 +2,8 @@
 
 DIR/text_cache/flux-128/ (`text_kind` has the names) holds `header.json` (format, kind, encoder identity, sizes, list of
 parts) and for each part `part-00000.array_record` (per entry the bytes of a safetensors file with `text` [L, D],
-`key`, and `pooled` [P] where the encoder makes one) and `part-00000.keys.npy` (per entry in order 64 bytes: its key,
-then a hash of the picture that the encoder saw). A part counts from the moment header.json names it, so a job killed at
+`key`, and `pooled` [P] where the encoder makes one) and `part-00000.keys.npy` (per entry in order its key, a hash of
+the picture that the encoder saw, and L). A part counts from the moment header.json names it, so a job killed at
 any time leaves a whole cache, and what else it left is overwritten by the next one. Of two entries with one key the
 later one counts.
 """
@@ -26,9 +26,10 @@ from cocoedit_jax.data.text_identity import checked_identity, describe_differenc
 from cocoedit_jax.data.text_kind import TextKind
 from cocoedit_jax.data.text_record import (
     DTYPES,
-    KEY_BYTES,
+    ENTRY_BYTES,
     LENGTH_MULTIPLE,
     Asked,
+    Entry,
     Row,
     describe,
     entry_key,
@@ -71,18 +72,16 @@ class Part:
             return str(error)
         return None
 
-    def read_keys(self, folder: Path) -> list[tuple[bytes, bytes]]:
-        """`entry_key` and `picture_digest` of each entry in order. Raises UserError when the file is damaged."""
-        path, width = self.keys(folder), 2 * KEY_BYTES
+    def read_keys(self, folder: Path) -> list[Entry]:
+        """What is known of each entry in order. Raises UserError when the file is damaged."""
+        path, shape = self.keys(folder), (self.count, ENTRY_BYTES)
         try:
             keys = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: damaged: {error}") from error
-        if keys.dtype != np.uint8 or keys.shape != (self.count, width):
-            raise UserError(f"{path}: damaged: {keys.dtype} {keys.shape}, expected uint8 {(self.count, width)}")
-        flat = keys.tobytes()
-        starts = range(0, len(flat), width)
-        return [(flat[at : at + KEY_BYTES], flat[at + KEY_BYTES : at + width]) for at in starts]
+        if keys.dtype != np.uint8 or keys.shape != shape:
+            raise UserError(f"{path}: damaged: {keys.dtype} {keys.shape}, expected uint8 {shape}")
+        return [Entry.unpack(row.tobytes()) for row in keys]
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ class TextCache:
         if damaged:
             raise UserError("\n".join([*damaged, f"make them again with: {self.command}"]))
         entries = [entry for part in header.parts for entry in part.read_keys(self.folder)]
-        self._index = {key: position for position, (key, _) in enumerate(entries)}
-        self._digests = [digest for _, digest in entries]
+        self._index = {entry.key: position for position, entry in enumerate(entries)}
+        self._entries = entries
         self._ends = list(itertools.accumulate(part.count for part in header.parts))
         # With the counts given, files are opened when they are first read.
         self._source = grain.sources.ArrayRecordDataSource(
@@ -205,6 +204,12 @@ class TextCache:
         """Whether there is an entry; pictures are not compared."""
         return entry_key(self.kind, asked) in self._index
 
+    def lengths(self, instructions: Iterable[Asked]) -> list[int]:
+        """States of each of `instructions` before they are padded or cut. Raises UserError, see `check`."""
+        asked = list(instructions)
+        self.check(asked)
+        return [self._entries[self._index[entry_key(self.kind, one)]].length for one in asked]
+
     def check(self, instructions: Iterable[Asked]) -> None:
         """Raises UserError when any of `instructions` is not in the cache, or, as far as pixels are given, was encoded
         with another picture: how many, the first few, and what to do."""
@@ -213,7 +218,7 @@ class TextCache:
             if key not in self._index:
                 missing[describe(self.kind, asked)] = None
             elif self.kind.sees_pictures and asked.pixels is not None:
-                if picture_digest(self.kind, asked) != self._digests[self._index[key]]:
+                if picture_digest(self.kind, asked) != self._entries[self._index[key]].picture:
                     changed[asked.image] = None
         problems = []
         for names, what in (

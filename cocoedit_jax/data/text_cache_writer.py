@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 import time
 from collections import deque
@@ -18,7 +17,16 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from cocoedit_jax.data.text_cache import HEADER, Header, Part
 from cocoedit_jax.data.text_kind import TextKind
-from cocoedit_jax.data.text_record import KEY_BYTES, Asked, Row, describe, entry_key, pack_record, picture_digest
+from cocoedit_jax.data.text_record import (
+    ENTRY_BYTES,
+    Asked,
+    Entry,
+    Row,
+    describe,
+    entry_key,
+    pack_record,
+    picture_digest,
+)
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 
@@ -61,7 +69,7 @@ class TextCacheWriter:
         self._header: Header | None = None
         self._cached: dict[bytes, bytes] = {}  # keys and digests of pictures
         self._writer: Any = None
-        self._new: list[tuple[bytes, bytes]] = []
+        self._new: list[Entry] = []
         self._since = 0.0
         self.notes: list[str] = []
 
@@ -115,10 +123,9 @@ class TextCacheWriter:
         """
         self._check(instructions, rows)
         for asked, row in zip(instructions, rows, strict=True):
-            key, digest = entry_key(self.kind, asked), picture_digest(self.kind, asked)
-            if self._cached.get(key) == digest:
-                continue
-            self._append(key, digest, pack_record(key, row))
+            entry = Entry(entry_key(self.kind, asked), picture_digest(self.kind, asked), len(row["text"]))
+            if self._cached.get(entry.key) != entry.picture:
+                self._append(entry, pack_record(entry.key, row))
             if len(self._new) >= self._part_entries or time.monotonic() - self._since > self._part_seconds:
                 self._close_part()
 
@@ -142,7 +149,7 @@ class TextCacheWriter:
                 self.notes.append(f"{damage}; its {part.count} entries are encoded again")
             else:
                 whole.append(part)
-                self._cached.update(part.read_keys(self.folder))
+                self._cached.update((entry.key, entry.picture) for entry in part.read_keys(self.folder))
         self._header = replace(header, parts=tuple(whole))
         if damaged:
             self._header.write(self.folder)
@@ -170,7 +177,7 @@ class TextCacheWriter:
         number = 1 + max((int(part.name.removeprefix("part-")) for part in parts), default=-1)
         return self.folder / f"part-{number:05d}.array_record"
 
-    def _append(self, key: bytes, digest: bytes, record: bytes) -> None:
+    def _append(self, entry: Entry, record: bytes) -> None:
         try:
             if self._writer is None:
                 # group_size:1 is what random access needs; floats hardly compress.
@@ -181,12 +188,12 @@ class TextCacheWriter:
             self._forget(self._new)
             self._writer, self._new = None, []
             raise UserError(f"{self._part_path}.tmp: cannot be written: {error}") from error
-        self._new.append((key, digest))
-        self._cached[key] = digest
+        self._new.append(entry)
+        self._cached[entry.key] = entry.picture
 
-    def _forget(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
-        for key, _ in entries:
-            self._cached.pop(key, None)
+    def _forget(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._cached.pop(entry.key, None)
 
     def _close_part(self) -> None:
         if self._writer is None or self._header is None:
@@ -210,7 +217,7 @@ class TextCacheWriter:
             with keys_draft.open("wb") as file:
                 np.save(
                     file,
-                    np.frombuffer(b"".join(itertools.chain.from_iterable(keys)), np.uint8).reshape(-1, 2 * KEY_BYTES),
+                    np.frombuffer(b"".join(entry.pack() for entry in keys), np.uint8).reshape(-1, ENTRY_BYTES),
                     allow_pickle=False,
                 )
             for source, target in ((keys_draft, part.keys(self.folder)), (draft, path)):

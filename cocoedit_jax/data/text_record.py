@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -19,9 +19,27 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 _STORED = {"BF16": DTYPES["bfloat16"], "F32": DTYPES["float32"], "U8": np.dtype(np.uint8)}
 KEY_BYTES = hashlib.sha256().digest_size
 NO_PICTURE = bytes(KEY_BYTES)
+ENTRY_BYTES = 2 * KEY_BYTES + 4
 LENGTH_MULTIPLE = 64  # tokens: few enough padded ones, few enough shapes to compile
 
 Row = Mapping[str, np.ndarray]  # "text" [L, D]; "pooled" [P] where the encoder makes one
+
+
+class Entry(NamedTuple):
+    """What is known of an entry without reading it."""
+
+    key: bytes  # `entry_key`
+    picture: bytes  # `picture_digest`
+    length: int  # of its states
+
+    def pack(self) -> bytes:
+        """`ENTRY_BYTES` bytes."""
+        return self.key + self.picture + self.length.to_bytes(4, "little")
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Entry:
+        key, picture, length = packed[:KEY_BYTES], packed[KEY_BYTES : 2 * KEY_BYTES], packed[2 * KEY_BYTES :]
+        return cls(key, picture, int.from_bytes(length, "little"))
 
 
 class Asked(Protocol):

@@ -143,3 +143,14 @@ def test_padding_ends_at_a_multiple():
         found = pad_states([np.ones((length, 2), np.float32) for length in lengths])
         assert found["text"].shape == (len(lengths), expected, 2)
         assert found["mask"].sum(1).tolist() == found["text"][..., 0].sum(1).tolist() == list(lengths)
+
+
+def test_lengths_are_known_without_reading(data, identity):
+    write_pictured(data, identity, part_entries=4)
+    cache = TextCache(data, QWEN)
+    for path in cache.folder.glob("*.array_record"):
+        path.write_bytes(bytes(path.stat().st_size))
+    bare = [replace(instruction, pixels=None) for instruction in PICTURED]
+    assert cache.lengths(bare) == [len(row["text"]) for row in embed_pictured(PICTURED)]
+    with pytest.raises(UserError, match="not in the text cache"):
+        cache.lengths([Instruction("new")])

@@ -11,11 +11,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.text_cache import TextCache
 from cocoedit_jax.data.text_identity import text_identity
-from cocoedit_jax.data.text_kind import flux_kind
+from cocoedit_jax.data.text_kind import flux_kind, qwen_kind, qwen_template
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import kontext
+from cocoedit_jax.models import kontext, qwen_edit
 from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.quickstart import load_base
@@ -27,7 +28,7 @@ PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_
 
 # The editor, and a function that loads its parameters: so that what can be refused is refused before they are read.
 Loaded = tuple[Editor, Callable[[], Any]]
-Loader = Callable[[ConfigDict, Mesh, Path], Loaded]  # configuration, mesh, data folder
+Loader = Callable[[ConfigDict, Mesh, Path, Framing], Loaded]  # configuration, mesh, data folder, image sizes
 EDITORS: dict[str, Loader] = {}
 
 
@@ -48,6 +49,15 @@ def cached_text(cache: TextCache) -> PrecomputedText:
     return PrecomputedText(cache, cache.__contains__, f"add them with: {cache.command}")
 
 
+def check_sizes(editor: Editor, framing: Framing) -> None:
+    """Raises UserError when the editor does not take images of the training sizes."""
+    try:
+        for size in framing.sizes:
+            editor.grid(*size)
+    except ValueError as error:
+        raise UserError(f"config.data.resolution={framing.resolution}: {error}") from error
+
+
 def check_widths(cache: TextCache, shape: Any, folder: Path) -> None:
     """Raises UserError when the embeddings are not as wide as the transformer of ``folder`` takes them."""
     widths = (cache.header.features, cache.header.pooled_features or None)
@@ -59,7 +69,7 @@ def check_widths(cache: TextCache, shape: Any, folder: Path) -> None:
 
 
 @register_editor("quickstart")
-def quickstart(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
+def quickstart(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -> Loaded:
     """A base written by ``launch.pretrain``; ``model.path`` empty: the one in the package."""
     folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
     editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
@@ -68,7 +78,7 @@ def quickstart(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
 
 
 @register_editor("flux_kontext")
-def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
+def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -> Loaded:
     """FLUX.1 Kontext in diffusers' layout; instructions come from the text cache in ``data``."""
     model = config.model
     folder = resolve_model(model.path)
@@ -86,3 +96,31 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
     )
     check_widths(cache, editor.transformer.config, folder)
     return editor, lambda: kontext.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))
+
+
+@register_editor("qwen_image_edit")
+def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -> Loaded:
+    """Qwen-Image-Edit (base, 2509, 2511) in diffusers' layout; instructions with their pictures come from the text
+    cache in ``data``."""
+    model = config.model
+    folder = resolve_model(model.path)
+    kind = qwen_kind(qwen_template(folder), framing)
+    cache = TextCache(data, kind, text_identity(folder), fixed_length=model.text_tokens or None)
+    editor = qwen_edit.build_qwen_edit(
+        folder,
+        cached_text(cache),
+        dtype=jnp.dtype(model.dtype),
+        vae_dtype=jnp.dtype(model.vae_dtype),
+        vae_tile=model.vae_tile or None,
+        remat=model.remat,
+        attention_backend=model.attention,
+        text_mask=model.text_mask,
+        shards=mesh.shape[DATA],
+    )
+    check_widths(cache, editor.transformer.config, folder)
+    check_sizes(editor, framing)
+    if model.precompute_modulation:
+        grids = [editor.grid(*size) for size in framing.sizes]
+        visited = [editor.sigmas(steps, g) for g in grids for steps in (config.rollout.steps, config.evaluation.steps)]
+        editor = qwen_edit.with_modulation_at(editor, visited)
+    return editor, lambda: qwen_edit.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))

@@ -23,7 +23,7 @@ from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.judge import Judge, make_judge
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.config_checks import check_config
-from cocoedit_jax.train.editors import EDITORS
+from cocoedit_jax.train.editors import EDITORS, check_sizes
 
 
 @dataclass
@@ -93,14 +93,6 @@ def _usable(found: RecordSet, editor: Editor, judge: Judge, strict: bool) -> tup
     return checked.records
 
 
-def _check_sizes(editor: Editor, framing: Framing) -> None:
-    try:
-        for size in framing.sizes:
-            editor.grid(*size)
-    except ValueError as error:
-        raise UserError(f"config.data.resolution={framing.resolution}: {error}") from error
-
-
 def _check_edit_types(algorithm: NFTConfig, records: tuple[Record, ...]) -> None:
     known = {record.edit_type for record in records if record.edit_type is not None}
     unknown = sorted(set(algorithm.tau_by_edit_type) - known)
@@ -123,8 +115,8 @@ def build(config: ConfigDict) -> Setup:
     judge = make_judge(**config.judge.to_dict())
     framing = Framing(config.data.resolution, config.data.crop, divisor=16)
     found = load_records(config, framing)
-    editor, load_params = EDITORS[config.model.kind](config, mesh, found.root)
-    _check_sizes(editor, framing)
+    editor, load_params = EDITORS[config.model.kind](config, mesh, found.root, framing)
+    check_sizes(editor, framing)
     records = _usable(found, editor, judge, config.data.strict)
     _check_edit_types(algorithm, records)
     train, held_out = split_records(records, config.data.held_out)

@@ -131,9 +131,10 @@ def test_fixed_length_of_released_training(data, identity):
     fixed = int(np.median(lengths))
     assert min(lengths) < fixed < max(lengths)
     found = TextCache(data, QWEN, fixed_length=fixed)(PICTURED)
-    assert set(found) == {"text"} and found["text"].shape == (len(PICTURED), fixed, FEATURES)
-    for states, row in zip(found["text"], rows, strict=True):
+    assert set(found) == {"text", "mask"} and found["text"].shape == (len(PICTURED), fixed, FEATURES)
+    for states, mask, row in zip(found["text"], found["mask"], rows, strict=True):
         kept = row["text"][:fixed]
+        assert mask.tolist() == [True] * len(kept) + [False] * (fixed - len(kept))
         np.testing.assert_array_equal(states[: len(kept)], kept)
         assert not states[len(kept) :].any()
 

@@ -33,7 +33,9 @@ def test_layers_of_flux(name, layers):
     assert list(MODELS["flux"].layers_of(name)) == layers
 
     for layer in layers:
-        there, place = MODELS["flux"].original_of(layer)
+        found = MODELS["flux"].original_of(layer)
+        assert found is not None
+        there, place = found
         assert MODELS["flux"].layers_of(there)[place] == layer
 
 

@@ -1,5 +1,7 @@
 """LoRA files of Qwen-Image-Edit in diffusers' pipeline and PEFT, against the change alpha / r B A of the weights."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -139,7 +141,7 @@ def test_diffusers_reads_every_name_at_real_depth(torch_side, format, tmp_path):
     config = lora.LoraConfig(1, 1, EVERY_LINEAR_LAYER)
     adapter = draw_adapter(qwen_shapes(60, 1, 6, 3, 4), config)
     layers = lora_files.adapter_layers(adapter, config)
-    states = [
+    states: list[Any] = [
         QwenImageEditPlusPipeline.lora_state_dict(lora_files.write_lora(tmp_path / name, layers, config, name))
         for name in ("diffusers-baked", format)
     ]

@@ -23,6 +23,7 @@ from tests.parity.tiny_kontext import save_tiny_kontext
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, TOKENS = 32, 16
+STRONGER = 300
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_one_step_resume_and_export(model, data, tmp_path):
             sys.executable, "-m", "launch.edit", f"--model={model}", f"--image={picture}", "--prompt=make it red",
             f"--out={tmp_path / name}.png", f"--size={SIZE}x{SIZE}", "--source_size=target",
             "--steps=3", "--dtype=float32", "--seed=5",
-            f"--text_tokens={TOKENS}", *([f"--lora={lora}"] if lora else []),
+            f"--text_tokens={TOKENS}", *([f"--lora={folder}", f"--lora_alpha={STRONGER * cfg.alpha}"] if lora else []),
         ]  # fmt: skip
         subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, timeout=300)
         tokens = (SIZE // 16) ** 2
@@ -125,11 +126,11 @@ def test_one_step_resume_and_export(model, data, tmp_path):
 
 
 def _strengthened(folder: Path, out: Path) -> Path:
-    """The LoRA with larger B: two steps from zero change no pixel of an 8-bit picture."""
+    """The LoRA with larger B, as with larger alpha: two steps from zero change no pixel of an 8-bit picture."""
     from cocoedit_jax.models.lora_files import save_lora
 
     adapter, cfg = load_lora(folder)
-    grow = lambda path, x: x * (300 if path[-1].key == "lora_B" else 1)  # noqa: E731
+    grow = lambda path, x: x * (STRONGER if path[-1].key == "lora_B" else 1)  # noqa: E731
     save_lora(out, jax.tree_util.tree_map_with_path(grow, adapter), cfg)
     return out
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import lora, lora_files, weights
+from cocoedit_jax.models import lora, lora_files, modulation, weights
 from cocoedit_jax.models.lora_formats import FORMATS, unread_by_diffusers
 from tests.models.qwen_shapes import qwen_shapes
 
@@ -190,6 +190,20 @@ def test_some_blocks_of_a_file_fill_up_to_the_model(tmp_path):
     adapter, loaded_config = lora_files.load_lora(file, transformer_params=SHAPES)
     for name, x in lora_files.adapter_layers(adapter, loaded_config).items():
         np.testing.assert_array_equal(x.b, layers[name].b * (name in some))
+
+
+@pytest.mark.parametrize("target, replaced", [
+    ("attn.to_q", False), ("net.2", False), ("img_in", False), ("proj_out", False), ("img_mod.1", True),
+    ("txt_mod.1", True), ("norm_out.linear", True), ("timestep_embedder.linear_2", True),
+])  # fmt: skip
+def test_layers_that_modulation_tables_replace(target, replaced):
+    """A LoRA of these needs them: tables are left out where any_replaced says so."""
+    config = lora.LoraConfig(1, 1, (target,))
+    adapter = make_adapter(config)
+    assert modulation.any_replaced(lora_files.adapter_layers(adapter, config)) == replaced
+    rest, part = modulation.split(SHAPES)
+    lora.check_fits(adapter, part if replaced else rest, "file")
+    assert lora_files.model_of(rest) == "qwen"
 
 
 def test_what_training_writes(tmp_path):

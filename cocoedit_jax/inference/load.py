@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.inference.edit import EditOptions
-from cocoedit_jax.models import flux, kontext, lora, lora_files, orbax_weights, qwen, qwen_edit
+from cocoedit_jax.models import flux, kontext, lora, lora_files, modulation, orbax_weights, qwen, qwen_edit
 from cocoedit_jax.models.editor import Editor, Size
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.text import PrecomputedText
@@ -67,9 +67,10 @@ def load_for_editing(
     embedded = {"guidance": guidance} if kind == "flux" else {}
     editor: Editor = build(folder, PrecomputedText.of({}), dtype=jnp.dtype(dtype), vae_tile=vae_tile, **embedded)
     sizes = _check(editor, kind, options, pictures)
-    if isinstance(editor, qwen_edit.QwenEditor):
+    file = None if lora_path is None else lora_files.read_lora(Path(lora_path), alpha=lora_alpha, model=kind)
+    # Layers that a LoRA changes must be there.
+    if isinstance(editor, qwen_edit.QwenEditor) and not modulation.any_replaced(file.layers if file else ()):
         editor = qwen_edit.with_modulation_at(editor, [editor.sigmas(options.steps, editor.grid(*s)) for s in sizes])
-    file = None if lora_path is None else lora_files.read_lora(Path(lora_path), alpha=lora_alpha)
     # Text comes first: JAX takes most of a GPU's memory when it starts.
     editor = dataclasses.replace(editor, text=encode(folder, kind))
     mesh = make_mesh({"fsdp": -1})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import model_card, weights
+from cocoedit_jax.models import lora_names, model_card, weights
 from cocoedit_jax.models.lora import Adapter, LoraConfig, check_fits
 from cocoedit_jax.models.lora_bfl import LowRank
 from cocoedit_jax.models.lora_formats import DTYPES, FORMATS, PREFIX, decode, detect, encode, plain, unify
@@ -44,6 +44,7 @@ class LoraFile:
         config: that rank and alpha, and the targets.
         dtype: of the tensors in the file.
         header: what else the file's header says.
+        model: key in ``lora_names.MODELS``; None where the layers are those of several.
         notes: what a user should know about how it was read.
     """
 
@@ -53,6 +54,7 @@ class LoraFile:
     config: LoraConfig
     dtype: str
     header: dict[str, str]
+    model: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -94,7 +96,8 @@ def _read_fields(file: Path, format: str, prefix: str, header: Mapping[str, str]
             if not isinstance(fields.get(name, 1), (int, float)):
                 raise ValueError(f"{name}={fields[name]!r}; expected a number")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{file}: its LoRA configuration is not readable ({error})") from error
+        hint = "; to do without it, give alpha" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{file}: its LoRA configuration is not readable ({error}){hint}") from error
     used = [name for name in _REFUSED if fields.get(name)]
     if used:
         raise UserError(f"{file}: LoRA configuration uses {used}; expected plain LoRA")
@@ -122,16 +125,20 @@ def _check_ranks(layers: Mapping[str, LowRank], fields: Mapping[str, Any]) -> li
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "lora_transformer_te")
 
 
-def read_lora(path: Path, format: str | None = None, *, alpha: float | None = None) -> LoraFile:
-    """Reads a LoRA of FLUX in any of ``FORMATS``.
+def read_lora(
+    path: Path, format: str | None = None, *, alpha: float | None = None, model: str | None = None
+) -> LoraFile:
+    """Reads a LoRA of one of ``lora_names.MODELS`` in any of ``FORMATS``.
 
     Args:
         path: the safetensors file, or a folder in diffusers' or PEFT's layout.
         format: what it is; by default found out from the keys.
         alpha: overrides what the file says, for every layer. A file that says nothing acts at alpha = rank.
+        model: key of the model that it has to be of; by default known by the names of its layers.
 
     Raises:
-        UserError: nothing readable there, or keys that are not a plain LoRA's, all named together.
+        UserError: nothing readable there, a LoRA of another model or of none, or keys that are not a plain LoRA's, all
+            named together.
     """
     if alpha is not None and not 0 < alpha < np.inf:
         raise UserError(f"alpha={alpha}; expected a number above 0")
@@ -146,7 +153,7 @@ def read_lora(path: Path, format: str | None = None, *, alpha: float | None = No
     problems: list[str] = []
     others = [key for key in tensors if key.startswith(_TEXT_ENCODERS)]
     tensors = {key: tensor for key, tensor in tensors.items() if key not in others}
-    layers = decode(tensors, prefix, problems)
+    layers, model = decode(str(file), tensors, prefix, model, problems)
     problems += _check_ranks(layers, fields)
     weights.refuse(str(file), problems)
 
@@ -164,8 +171,10 @@ def read_lora(path: Path, format: str | None = None, *, alpha: float | None = No
         if alpha is None and file.name.startswith(_CONVERTED):
             rank = next(iter(layers.values())).rank
             notes.append(
-                f"{file} records no alpha, so it acts at alpha = rank; the released code trained at alpha = 2 rank: "
-                f"give alpha={2 * rank} for the strength it was trained at"
+                f"{file} does not record its alpha: the scale alpha / rank that it should act at is unknown. The "
+                "released code trains at scale 2 and loses that on export; its published evaluation ran at scale 1, "
+                f"which programs assume, and so does this one. To choose, give alpha={2 * rank} for the strength it "
+                f"was trained at, or alpha={rank} for that of the published evaluation"
             )
     layers, changed = unify(layers)
     if changed:
@@ -177,7 +186,7 @@ def read_lora(path: Path, format: str | None = None, *, alpha: float | None = No
         file, detected, layers, LoraConfig(one.rank, one.alpha, targets),
         dtype=next(str(t.dtype) for t in tensors.values() if t.ndim == 2),
         header={k: v for k, v in header.items() if k not in ("format", METADATA_KEY) and not k.startswith("ss_")},
-        notes=tuple(notes),
+        model=model, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -186,10 +195,19 @@ def load_lora(
     format: str | None = None,
     *,
     alpha: float | None = None,
+    model: str | None = None,
     transformer_params: Mapping[str, Any] | None = None,
 ) -> tuple[Adapter, LoraConfig]:
     """``stack_layers`` of ``read_lora``, whose arguments these are."""
-    return stack_layers(read_lora(path, format, alpha=alpha), transformer_params)
+    if model is None and transformer_params is not None:
+        model = model_of(transformer_params)
+    return stack_layers(read_lora(path, format, alpha=alpha, model=model), transformer_params)
+
+
+def model_of(transformer_params: Mapping[str, Any]) -> str | None:
+    """Key in ``lora_names.MODELS`` of the model whose linear layers these parameters are; None for any other."""
+    paths = [path[:-1] for path in weights.flatten(transformer_params) if path[-1] == "kernel"]
+    return lora_names.only([weights.module_name(path, 0 if path[0] in weights.STACKED else None) for path in paths])
 
 
 def stack_layers(found: LoraFile, transformer_params: Mapping[str, Any] | None = None) -> tuple[Adapter, LoraConfig]:
@@ -207,6 +225,9 @@ def stack_layers(found: LoraFile, transformer_params: Mapping[str, Any] | None =
     """
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
+    model = None if transformer_params is None else model_of(transformer_params)
+    if model is not None:
+        lora_names.choose(str(found.path), found.layers, model)
     stacks: dict[tuple[str, ...], dict[int, np.ndarray]] = {}  # layer -1: not in a stack
     for name, x in found.layers.items():
         module_path, layer = weights.module_path(name)
@@ -276,6 +297,7 @@ def write_lora(
     format: str,
     *,
     dtype: str = "float32",
+    model: str | None = None,
     info: Mapping[str, str] | None = None,
     overwrite: bool = True,
 ) -> Path:
@@ -285,6 +307,7 @@ def write_lora(
         path: a name ending in .safetensors is the file; anything else a folder, in which the file gets the name that
             diffusers and PEFT look for. ``peft`` needs a folder.
         dtype: one of ``DTYPES``.
+        model: key of the model that they are of; by default known by their names.
         info: joins the safetensors header.
         overwrite: replace files that exist.
 
@@ -302,7 +325,7 @@ def write_lora(
     in_the_way = [f for f in ((file, config) if peft else (file,)) if f.exists()]
     if in_the_way and not overwrite:
         raise UserError(f"{', '.join(map(str, in_the_way))}: exists; add --overwrite, or name another place")
-    tensors = encode(layers, format, dtype)
+    tensors = encode(layers, format, dtype, model)
     header = {METADATA_KEY: json.dumps(_diffusers_fields(cfg))} if format == "diffusers" else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     if peft:
@@ -313,13 +336,22 @@ def write_lora(
     return file
 
 
-def save_lora(folder: Path, adapter: Adapter, cfg: LoraConfig, info: Mapping[str, str] | None = None) -> None:
+def save_lora(
+    folder: Path,
+    adapter: Adapter,
+    cfg: LoraConfig,
+    info: Mapping[str, str] | None = None,
+    *,
+    model: str | None = None,
+) -> None:
     """Writes what training gives: ``folder`` in diffusers' layout, ``folder/peft`` in PEFT's, and a model card.
 
     There is one ``.safetensors`` in ``folder`` itself, so that ``pipe.load_lora_weights(folder)`` cannot take another;
-    ``launch.convert_lora`` makes the rest. ``info`` (see ``model_card.write``) joins both headers.
+    ``launch.convert_lora`` makes the rest. ``info`` (see ``model_card.write``) joins both headers; ``model``, the key
+    of the model in ``lora_names.MODELS``, is by default known by the names of the layers.
     """
     layers = adapter_layers(adapter, cfg)
+    model = model or lora_names.only(layers)
     write_lora(folder, layers, cfg, "diffusers", info=info)
     write_lora(folder / PEFT_FOLDER, layers, cfg, "peft", info=info)
-    write_text(folder / CARD_FILE, model_card.write(cfg, len(layers), info or {}))
+    write_text(folder / CARD_FILE, model_card.write(cfg, len(layers), info or {}, model))

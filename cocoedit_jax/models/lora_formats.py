@@ -1,4 +1,4 @@
-"""Layouts of LoRA files for FLUX: tensors by key <-> LoRA by layer.
+"""Layouts of LoRA files: tensors by key <-> LoRA by layer, for the models of ``lora_names``.
 
 | format | keys | read by |
 |---|---|---|
@@ -8,13 +8,15 @@
 | ``kohya`` | ``lora_unet_`` names of the original layout, an alpha per layer | kohya, ComfyUI, diffusers |
 | ``comfyui`` | the same under ``diffusion_model.``, with dots | ComfyUI, diffusers |
 
-Reading goes by content: the prefix of the keys says which format it is; names may be diffusers' or the original's, and
-halves may be called A and B or down and up, under any prefix.
+The original layout is Black Forest Labs' for FLUX; for Qwen-Image it is diffusers' own.
+
+Reading goes by content: the prefix of the keys says which format it is, the names which model; they may be diffusers'
+or the original's, and halves may be called A and B or down and up, under any prefix.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ import numpy as np
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora_bfl, weights
 from cocoedit_jax.models.lora_bfl import LowRank
+from cocoedit_jax.models.lora_names import MODELS, choose, titles
 
 DTYPES = ("float32", "bfloat16", "float16")
 PREFIX = {
@@ -32,7 +35,9 @@ PREFIX = {
     "comfyui": "diffusion_model.",
 }
 FORMATS = tuple(PREFIX)
-_FUSED = ("kohya", "comfyui")
+_ORIGINAL = ("kohya", "comfyui")  # formats with the names of the original layout
+# Models of whose original layout diffusers reads the blocks and, without a word, nothing else (as of version 0.42).
+_BLOCKS_ONLY = ("flux",)
 # Prefixes met in files, the more specific first. OneTrainer writes lora_transformer_; a transformer's own
 # save_lora_adapter writes none.
 _READ = {
@@ -44,7 +49,8 @@ _READ = {
     "": "diffusers",
 }
 _BARE = re.compile(r"(double_|single_)?(transformer_)?blocks\.\d+\.")  # a key without prefix
-_KEY = re.compile(r"(.+)\.(?:(?:(lora_A|lora_down)|(lora_B|lora_up))\.weight|(alpha))")
+# PEFT's adapter may have kept its name ("default") from memory.
+_KEY = re.compile(r"(.+)\.(?:(?:(lora_A|lora_down)|(lora_B|lora_up))(?:\.default)?\.weight|(alpha))")
 
 
 def plain(number: float) -> float | int:
@@ -64,7 +70,7 @@ def detect(source: str, keys: Iterable[str], format: str | None) -> tuple[str, s
     counts.pop(None, None)
     if not counts:
         first = ", ".join(sorted(keys)[:3]) or "no tensors"
-        raise UserError(f"{source}: no LoRA of FLUX in {format or 'any known'} format; it holds {first}")
+        raise UserError(f"{source}: no LoRA of {titles()} in {format or 'any known'} format; it holds {first}")
     prefix = counts.most_common(1)[0][0]
     assert prefix is not None
     return _READ[prefix], prefix
@@ -98,27 +104,31 @@ def _pairs(tensors: Mapping[str, np.ndarray], prefix: str, problems: list[str]) 
     return pairs
 
 
-def decode(tensors: Mapping[str, np.ndarray], prefix: str, problems: list[str]) -> dict[str, LowRank]:
-    """{diffusers name: LoRA} of a file's tensors, fused projections taken apart; appends to ``problems`` what is not.
+def decode(
+    source: str, tensors: Mapping[str, np.ndarray], prefix: str, model: str | None, problems: list[str]
+) -> tuple[dict[str, LowRank], str | None]:
+    """A file's LoRA by diffusers names, fused projections taken apart, and its model (see ``lora_names.choose``).
 
-    Alpha is NaN where the tensors do not tell it.
+    Appends to ``problems`` what is no LoRA of that model. Alpha is NaN where the tensors do not tell it.
+
+    Raises:
+        UserError: naming ``source``, if the layers are not those of one model, or not those of ``model``.
     """
     layers: dict[str, LowRank] = {}
-    for name, pair in _pairs(tensors, prefix, problems).items():
+    pairs = _pairs(tensors, prefix, problems)
+    found = choose(source, pairs, model) if pairs else model
+    names = MODELS[found or next(iter(MODELS))]
+    for name, pair in pairs.items():
         try:
-            if lora_bfl.layers_of(name):
-                parts = lora_bfl.split(name, pair)
-            elif prefix.endswith("_"):
-                raise ValueError("FLUX has no such layer")
-            else:  # a model that is not FLUX may have it
-                weights.module_path(name)
-                parts = {name: pair}
+            if not names.layers_of(name):
+                raise ValueError(f"{titles([found] if found else MODELS)} has no such layer")
+            parts = lora_bfl.split(names, name, pair)
         except ValueError as error:
             problems.append(f"{prefix}{name}: {error}")
             continue
         problems += [f"{prefix}{name}: holds {p}, and another key does too" for p in parts.keys() & layers.keys()]
         layers |= parts
-    return layers
+    return layers, found
 
 
 def unify(layers: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], bool]:
@@ -139,29 +149,43 @@ def unify(layers: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], bool]:
     return unified, not same_scale or any(x.rank != rank for x in layers.values())
 
 
-def encode(layers: Mapping[str, LowRank], format: str, dtype: str) -> dict[str, np.ndarray]:
+def encode(layers: Mapping[str, LowRank], format: str, dtype: str, model: str | None = None) -> dict[str, np.ndarray]:
     """Tensors of ``layers``, which have one rank and alpha, in ``format``.
 
+    Args:
+        model: whose layers these are; by default known by their names.
+
     Raises:
-        UserError: numbers beyond ``dtype``'s range, or layers that the format has no name for.
+        UserError: numbers beyond ``dtype``'s range, layers that the format has no name for, or that several models
+            have by other names in this format.
     """
-    prefix, fused = PREFIX[format], format in _FUSED
-    halves = ("lora_down.weight", "lora_up.weight") if fused else ("lora_A.weight", "lora_B.weight")
+    prefix, original = PREFIX[format], format in _ORIGINAL
+    halves = ("lora_down.weight", "lora_up.weight") if original else ("lora_A.weight", "lora_B.weight")
     tensors: dict[str, np.ndarray] = {}
-    for name, x in (lora_bfl.fuse(layers) if fused else layers).items():
+    if original:
+        model = choose(format, layers, model)
+        if model is None:
+            raise UserError(
+                f"{format}: {titles()} have all of these layers, under other names in this format; expected "
+                f"{' or '.join(f'model={key}' for key in MODELS)}"
+            )
+        layers = lora_bfl.fuse(MODELS[model], layers)
+    for name, x in layers.items():
         stem = prefix + (name.replace(".", "_") if format == "kohya" else name)
         b = x.b * np.float32(x.scale) if format == "diffusers-baked" else x.b
         with np.errstate(over="ignore"):  # looked at below
             tensors |= {
                 f"{stem}.{h}": np.asarray(f).astype(jnp.dtype(dtype)) for h, f in zip(halves, (x.a, b), strict=True)
             }
-        if fused:
+        if original:
             tensors[f"{stem}.alpha"] = np.asarray(x.alpha, np.float32)
     infinite = [name for name, tensor in tensors.items() if not np.isfinite(tensor.astype(np.float32)).all()]
     weights.refuse(f"{format} in {dtype}", [f"{name}: not finite" for name in infinite])
     return tensors
 
 
-def unread_by_diffusers(layers: Iterable[str], format: str) -> list[str]:
-    """Those of ``layers`` that diffusers leaves out of a file in ``format`` without a word (as of version 0.42)."""
-    return sorted(name for name in layers if format in _FUSED and not _BARE.match(name))
+def unread_by_diffusers(layers: Collection[str], format: str, model: str | None = None) -> list[str]:
+    """Those of ``layers`` that diffusers leaves out of a file in ``format``; ``model`` as in ``encode``."""
+    if format not in _ORIGINAL or choose(format, layers, model) not in _BLOCKS_ONLY:
+        return []
+    return sorted(name for name in layers if not _BARE.match(name))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from cocoedit_jax.models import lora_names
 from cocoedit_jax.models.lora import DEFAULT_TARGETS, LoraConfig
 
 _TAGS = ("lora", "diffusers", "peft", "image-editing", "flow-matching", "reinforcement-learning", "cocoedit")
@@ -24,10 +25,11 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _facts(cfg: LoraConfig, num_layers: int, base: str, info: Mapping[str, str]) -> str:
+def _facts(cfg: LoraConfig, num_layers: int, base: str, info: Mapping[str, str], architecture: str) -> str:
     targets = "attention projections" if cfg.targets == DEFAULT_TARGETS else ", ".join(cfg.targets)
     rows = {
         "Base model": base,
+        "Architecture": architecture,
         "Preset": info.get("preset", "not recorded"),
         "Step": info.get("step", "not recorded"),
         "Rank, alpha": f"{cfg.rank}, {cfg.alpha:g} (scale alpha / rank = {cfg.scale:g})",
@@ -46,15 +48,17 @@ def _rewards(info: Mapping[str, str]) -> str:
     return "\n".join(["| Reward | Weight | Mean over the samples of this step |", "|---|---|---|", *rows])
 
 
-def write(cfg: LoraConfig, num_layers: int, info: Mapping[str, str]) -> str:
+def write(cfg: LoraConfig, num_layers: int, info: Mapping[str, str], model: str | None = None) -> str:
     """Text of the model card.
 
     Args:
         cfg: rank, alpha and targets of the adapter.
         num_layers: how many linear layers it adapts.
         info: ``base_model``, ``preset``, ``step``, ``reward_weight/NAME`` and ``reward/NAME``, as far as known.
+        model: key in ``lora_names.MODELS``; None where the layers do not tell.
     """
     base = info.get("base_model", "not recorded")
+    architecture = lora_names.titles([model] if model else lora_names.MODELS)
     return f"""{_front_matter(base)}
 
 # LoRA for instruction-based image editing
@@ -63,7 +67,7 @@ Trained with CoCoEdit-JAX: online reinforcement learning with region-regularised
 ([CoCoEdit, arXiv 2602.14068](https://arxiv.org/abs/2602.14068)). Edit masks were used in training only: inference needs
 the picture and the instruction, no mask.
 
-{_facts(cfg, num_layers, base, info)}
+{_facts(cfg, num_layers, base, info, architecture)}
 
 {_rewards(info)}
 
@@ -77,7 +81,7 @@ from cocoedit_jax.models.lora_files import load_lora
 adapter, config = load_lora("FOLDER")  # this folder
 ```
 
-diffusers, where the base model is a FLUX pipeline, takes rank and alpha from the file's header:
+diffusers, where the base model is a {architecture} pipeline, takes rank and alpha from the file's header:
 
 ```python
 from diffusers import DiffusionPipeline

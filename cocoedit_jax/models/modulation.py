@@ -5,7 +5,7 @@ numbers each, while the layers that make it are 6.8 of the 20.4 billion paramete
 time, their results kept as tables ``[sigmas, features]``, and they themselves dropped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ def split(params: Mapping[str, Any]) -> tuple[Tree, Tree]:
     part = {path: leaf for path, leaf in flat.items() if _makes_modulation(path)}
     rest = {path: leaf for path, leaf in flat.items() if path not in part}
     return weights.unflatten(rest), weights.unflatten(part)
+
+
+def any_replaced(modules: Iterable[str]) -> bool:
+    """Whether tables stand in for any of the linear layers with these diffusers names."""
+    return any(_makes_modulation((*weights.module_path(name)[0], "kernel")) for name in modules)
 
 
 def _values(transformer: QwenTransformer, params: Mapping[str, Any], temb: Array) -> Array:

@@ -42,7 +42,7 @@ def test_there_and_back(layers, tmp_path):
         target = tmp_path / place
         done = convert(source, target, format)
         assert done.returncode == 0 and not done.stderr, done.stderr
-        assert "25 layers, rank 2, alpha 4 (scale 2), 600 parameters, float32" in done.stdout
+        assert " of FLUX, 25 layers, rank 2, alpha 4 (scale 2), 600 parameters, float32" in done.stdout
         assert "transformer_blocks.*.attn.to_q x 2" in done.stdout
         assert "single_transformer_blocks.*.attn.to_v x 3" in done.stdout
         found = lora_files.read_lora(target)
@@ -75,6 +75,23 @@ def test_alpha_dtype_and_notes(layers, tmp_path):
     assert done.returncode == 0 and not done.stderr
     half, full = (lora_files.read_lora(tmp_path / f"{name}.safetensors") for name in ("half", "full"))
     assert (half.config.scale, half.dtype, full.config.scale, full.dtype) == (1, "bfloat16", 2, "float32")
+
+
+def test_qwen(layers, tmp_path):
+    """Attention of the first blocks may be either model's; one layer more tells."""
+    attention = {name: x for name, x in layers.items() if name.startswith("transformer_blocks")}
+    source = lora_files.write_lora(tmp_path / "a", attention, CONFIG, "peft").parent
+    done = convert(source, tmp_path / "b.safetensors", "kohya", "--model=qwen")
+    assert done.returncode == 0 and "peft of Qwen-Image, 16 layers" in done.stdout
+    tensors, _ = weights.load_safetensors(tmp_path / "b.safetensors")
+    assert "lora_unet_transformer_blocks_1_attn_to_out_0.alpha" in tensors and len(tensors) == 3 * 16
+
+    attention["img_in"] = layers["single_transformer_blocks.0.attn.to_q"]
+    source = lora_files.write_lora(tmp_path / "c", attention, CONFIG, "diffusers")
+    done = convert(source, tmp_path / "d.safetensors", "comfyui")
+    assert done.returncode == 0 and not done.stderr and "diffusers of Qwen-Image, 17 layers" in done.stdout
+    found = lora_files.read_lora(tmp_path / "d.safetensors")
+    assert found.model == "qwen" and found.layers.keys() == attention.keys()
 
 
 def test_nothing_is_replaced_unasked(layers, tmp_path):

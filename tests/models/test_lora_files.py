@@ -10,6 +10,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_bfl, lora_files, weights
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
 from cocoedit_jax.models.lora_formats import FORMATS
+from cocoedit_jax.models.lora_names import MODELS
 
 INPUTS = jnp.ones((1, 2, 3)), jnp.ones((1, 1, 5)), jnp.ones((1, 4)), jnp.ones(1), jnp.ones(1), np.ones((3, 3), int), 1
 # All linear layers of the blocks, and some outside of them.
@@ -163,7 +164,7 @@ def test_unmatched_keys_are_named_together(trained, default, tmp_path):
         f"{block}.to_v.lora_A.weight, {block}.to_v.lora_B.weight: ranks 3 and 4; expected the same",
         f"{block}.to_q.lora_A.weight, {block}.to_q.lora_B.weight: ranks 0 and 0; expected the same, above 0",
         f"{block}.to_out.0.lora_B.weight: not finite",
-        "transformer_blocks.attn.to_q: module name",
+        "transformer_blocks.attn.to_q: FLUX has no such layer",
     ):
         assert part in str(error.value), part
 
@@ -254,7 +255,7 @@ def test_unreadable_configuration_and_other_files(trained, default, tmp_path):
     with pytest.raises(UserError, match="configuration is not readable"):
         lora_files.load_lora(tmp_path / "peft")
     assert lora_files.load_lora(tmp_path / "peft", alpha=6)[1].alpha == 6
-    with pytest.raises(UserError, match="no LoRA of FLUX in kohya format; it holds transformer.single"):
+    with pytest.raises(UserError, match="no LoRA of FLUX or Qwen-Image in kohya format; it holds transformer.single"):
         lora_files.read_lora(tmp_path, "kohya")
     with pytest.raises(UserError, match="format='lycoris'; expected one of diffusers"):
         lora_files.read_lora(tmp_path, "lycoris")
@@ -264,7 +265,7 @@ def test_unreadable_configuration_and_other_files(trained, default, tmp_path):
         with pytest.raises(UserError, match="alpha=.*; expected a number above 0"):
             lora_files.read_lora(tmp_path, alpha=alpha)
     rewrite(tmp_path, dict.clear)
-    with pytest.raises(UserError, match="no LoRA of FLUX in any known format; it holds no tensors"):
+    with pytest.raises(UserError, match="no LoRA of FLUX or Qwen-Image in any known format; it holds no tensors"):
         lora_files.load_lora(tmp_path)
     for name in "ab":
         write(tmp_path / "two" / f"{name}.safetensors", trained, default, "kohya")
@@ -360,7 +361,7 @@ def test_diffusers_names_under_other_prefixes(trained, default, tmp_path, prefix
 
 def test_original_names_under_peft_prefix(trained, default, tmp_path):
     """As fal's Kontext trainer writes them."""
-    fused = lora_bfl.fuse(lora_files.adapter_layers(trained, default))
+    fused = lora_bfl.fuse(MODELS["flux"], lora_files.adapter_layers(trained, default))
     tensors = {}
     for name, x in fused.items():
         tensors |= {f"base_model.model.{name}.lora_A.weight": x.a, f"base_model.model.{name}.lora_B.weight": x.b}

@@ -17,7 +17,12 @@ LATENT_CHANNELS = 4
 
 def random_adapter(case: Case, config: lora.LoraConfig) -> lora.Adapter:
     """An adapter for the case's model, both factors random."""
-    abstract = jax.eval_shape(lambda key: lora.init_adapter(key, case.abstract(), config), jax.random.key(0))
+    return draw_adapter(case.abstract(), config)
+
+
+def draw_adapter(transformer: Any, config: lora.LoraConfig) -> lora.Adapter:
+    """An adapter for the shapes ``transformer``, both factors random."""
+    abstract = jax.eval_shape(lambda key: lora.init_adapter(key, transformer, config), jax.random.key(0))
     rng = np.random.default_rng([SEED, 1])
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)), abstract)
 
@@ -86,5 +91,5 @@ def assert_same_effects(found: Mapping[str, np.ndarray], expected: Mapping[str, 
         assert relative_error(found[name], expected[name]) < 1e-6, name
 
 
-def write(path: Path, adapter: lora.Adapter, config: lora.LoraConfig, format: str) -> Path:
-    return lora_files.write_lora(path, lora_files.adapter_layers(adapter, config), config, format)
+def write(path: Path, adapter: lora.Adapter, config: lora.LoraConfig, format: str, model: str = "flux") -> Path:
+    return lora_files.write_lora(path, lora_files.adapter_layers(adapter, config), config, format, model=model)

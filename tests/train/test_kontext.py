@@ -17,7 +17,7 @@ from cocoedit_jax.train.loop import train
 from cocoedit_jax.train.setup import build
 from configs.flux_kontext import get_config
 from tests.parity.tiny_kontext import save_tiny_kontext
-from tests.train.whole import SIZE, edit_noise, launch_edit, shrunk, strengthened
+from tests.train.whole import SIZE, STRONGER, edit_noise, launch_edit, shrunk, strengthened
 
 TOKENS = 16
 
@@ -83,7 +83,8 @@ def test_one_step_resume_and_export(model, data, tmp_path):
     for name, lora in (("base", None), ("trained", stronger)):
         if lora is not None:
             pipe.load_lora_weights(lora)
-        more = [f"--lora={lora}"] if lora else []
+        # Ours is made strong by its alpha, which acts as a larger B does.
+        more = [f"--lora={folder}", f"--lora_alpha={STRONGER * cfg.alpha}"] if lora else []
         edits[name] = launch_edit(model, picture, tmp_path / f"{name}.png", f"--text_tokens={TOKENS}", *more)
         result: Any = pipe(
             image=source, prompt="make it red", height=SIZE, width=SIZE, max_area=SIZE**2, _auto_resize=False,

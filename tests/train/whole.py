@@ -14,6 +14,7 @@ from cocoedit_jax.rewards.judge import JudgeScore
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 32  # pixels
+STRONGER = 300  # two steps from zero change no pixel of an 8-bit picture
 
 
 def shrunk(config: ConfigDict, model: Path, data: Path, **overrides) -> ConfigDict:
@@ -36,9 +37,9 @@ def red_judge():
 
 
 def strengthened(folder: Path, out: Path) -> Path:
-    """The LoRA with larger B: two steps from zero change no pixel of an 8-bit picture."""
+    """The LoRA with larger B."""
     adapter, cfg = load_lora(folder)
-    grow = lambda path, x: x * (300 if path[-1].key == "lora_B" else 1)  # noqa: E731
+    grow = lambda path, x: x * (STRONGER if path[-1].key == "lora_B" else 1)  # noqa: E731
     save_lora(out, jax.tree_util.tree_map_with_path(grow, adapter), cfg)
     return out
 

@@ -11,11 +11,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.text_cache import TextCache
 from cocoedit_jax.data.text_identity import text_identity
-from cocoedit_jax.data.text_kind import flux_kind
+from cocoedit_jax.data.text_kind import flux_kind, qwen_kind, qwen_template
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import kontext
+from cocoedit_jax.models import kontext, qwen_edit
 from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.quickstart import load_base
@@ -86,3 +87,36 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
     )
     check_widths(cache, editor.transformer.config, folder)
     return editor, lambda: kontext.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))
+
+
+@register_editor("qwen_image_edit")
+def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
+    """Qwen-Image-Edit in diffusers' layout; instructions, and what its encoder saw of the pictures, come from the text
+    cache in ``data``."""
+    model = config.model
+    folder = resolve_model(model.path)
+    framing = Framing(config.data.resolution, config.data.crop, divisor=16)
+    kind = qwen_kind(qwen_template(folder), framing)
+    cache = TextCache(data, kind, text_identity(folder), fixed_length=model.text_tokens or None)
+    if cuts := cache.describe_cuts():
+        print(f"{cuts} (config.model.text_tokens)")
+    editor = qwen_edit.build_qwen_edit(
+        folder,
+        cached_text(cache),
+        dtype=jnp.dtype(model.dtype),
+        vae_dtype=jnp.dtype(model.vae_dtype),
+        vae_tile=model.vae_tile or None,
+        remat=model.remat,
+        attention_backend=model.attention,
+        text_mask=model.text_mask,
+        shards=mesh.shape[DATA],
+    )
+    check_widths(cache, editor.transformer.config, folder)
+    if model.precompute_modulation:
+        try:
+            grids = [editor.grid(*size) for size in framing.sizes]
+        except ValueError as error:
+            raise UserError(f"config.data.resolution={framing.resolution}: {error}") from error
+        steps = {config.rollout.steps, config.evaluation.steps}
+        editor = qwen_edit.with_modulation_at(editor, [editor.sigmas(n, grid) for n in steps for grid in grids])
+    return editor, lambda: qwen_edit.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))

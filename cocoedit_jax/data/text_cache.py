@@ -179,7 +179,7 @@ class TextCache:
         self.folder = kind.folder(data_dir)
         self.kind = kind
         self.command = kind.command(data_dir)
-        self._padding = {"length_multiple": length_multiple, "fixed_length": fixed_length}
+        self._length_multiple, self._fixed_length = length_multiple, fixed_length
         header = Header.read(self.folder)
         if header is None or not header.parts:
             raise UserError(f"{self.folder}: no text cache; make it with: {self.command}")
@@ -203,6 +203,15 @@ class TextCache:
     def __contains__(self, asked: Asked) -> bool:
         """Whether there is an entry; pictures are not compared."""
         return entry_key(self.kind, asked) in self._index
+
+    def describe_cuts(self) -> str | None:
+        """How many entries `fixed_length` cuts; None if none."""
+        lengths = [self._entries[position].length for position in self._index.values()]
+        limit = self._fixed_length
+        if limit is None or max(lengths) <= limit:
+            return None
+        cut = sum(length > limit for length in lengths)
+        return f"{self.folder}: {cut} of {len(lengths)} are cut to {limit} states; the longest has {max(lengths)}"
 
     def lengths(self, instructions: Iterable[Asked]) -> list[int]:
         """States of each of `instructions` before they are padded or cut. Raises UserError, see `check`."""
@@ -236,7 +245,8 @@ class TextCache:
             raise UserError("instructions: none given, expected at least one")
         self.check(instructions)
         read = {key: self._read(key) for key in self._distinct(instructions)}
-        return stack_rows(self.kind, [read[entry_key(self.kind, asked)] for asked in instructions], **self._padding)
+        rows = [read[entry_key(self.kind, asked)] for asked in instructions]
+        return stack_rows(self.kind, rows, self._length_multiple, self._fixed_length)
 
     def _distinct(self, instructions: Iterable[Asked]) -> dict[bytes, Asked]:
         return {entry_key(self.kind, asked): asked for asked in instructions}

@@ -82,7 +82,7 @@ def picture_digest(kind: TextKind, asked: Asked) -> bytes:
     if asked.pixels is None:
         raise ValueError(f"{describe(kind, asked)}: pixels is None; {kind.name} sees the picture")
     digest = hashlib.sha256(json.dumps(asked.pixels.shape).encode())
-    digest.update(np.ascontiguousarray(to_bytes(asked.pixels)))
+    digest.update(to_bytes(asked.pixels).tobytes())
     return digest.digest()
 
 
@@ -105,8 +105,8 @@ def pad_states(
 ) -> dict[str, np.ndarray]:
     """States [L_i, D] as one zero-padded batch {"text": [B, S, D], "mask": bool [B, S], True at states}.
 
-    S is the least multiple of `length_multiple` that holds all. With `fixed_length`, S is that and longer rows lose
-    their end: CoCoEdit's released training has 256.
+    S is the least multiple of `length_multiple` that holds all. With `fixed_length`, S is that, and longer rows lose
+    their end: CoCoEdit's released training has 256, and attends to the padding.
     """
     longest = max(len(row) for row in rows)
     length = fixed_length or -(-longest // length_multiple) * length_multiple

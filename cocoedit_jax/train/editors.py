@@ -106,6 +106,8 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
     folder = resolve_model(model.path)
     kind = qwen_kind(qwen_template(folder), framing)
     cache = TextCache(data, kind, text_identity(folder), fixed_length=model.text_tokens or None)
+    if cuts := cache.describe_cuts():
+        print(f"{cuts} (config.model.text_tokens)")
     editor = qwen_edit.build_qwen_edit(
         folder,
         cached_text(cache),

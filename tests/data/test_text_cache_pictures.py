@@ -77,10 +77,12 @@ def test_a_changed_picture_is_found_and_encoded_again(data, identity):
     message = r"1 picture.s. changed, or are framed otherwise, since .*: images/4.png; encode them with"
     with pytest.raises(UserError, match=message):
         cache(changed)
-    larger = replace(PICTURED[4], pixels=np.full((4, 8, 3), PICTURED[4].pixels[0, 0, 0], np.float32))
+    pixels = PICTURED[4].pixels
+    assert pixels is not None
+    larger = replace(PICTURED[4], pixels=np.full((4, 8, 3), pixels[0, 0, 0], np.float32))
     with pytest.raises(UserError, match=message):
         cache([larger])
-    almost = replace(PICTURED[4], pixels=PICTURED[4].pixels + np.float32(1e-4))  # the same in whole numbers of 255
+    almost = replace(PICTURED[4], pixels=pixels + np.float32(1e-4))  # the same in whole numbers of 255
     assert_holds_pictured(cache, [almost])
     assert write_pictured(data, identity, changed) == 1
     cache = TextCache(data, QWEN)
@@ -130,13 +132,17 @@ def test_fixed_length_of_released_training(data, identity):
     lengths = [len(row["text"]) for row in rows]
     fixed = int(np.median(lengths))
     assert min(lengths) < fixed < max(lengths)
-    found = TextCache(data, QWEN, fixed_length=fixed)(PICTURED)
-    assert set(found) == {"text", "mask"} and found["text"].shape == (len(PICTURED), fixed, FEATURES)
+    cache = TextCache(data, QWEN, fixed_length=fixed)
+    found, cut = cache(PICTURED), sum(length > fixed for length in lengths)
+    assert (
+        cache.describe_cuts() == f"{cache.folder}: {cut} of 9 are cut to {fixed} states; the longest has {max(lengths)}"
+    )
+    assert TextCache(data, QWEN).describe_cuts() is TextCache(data, QWEN, fixed_length=150).describe_cuts() is None
+    assert found["text"].shape == (len(PICTURED), fixed, FEATURES)
     for states, mask, row in zip(found["text"], found["mask"], rows, strict=True):
         kept = row["text"][:fixed]
-        assert mask.tolist() == [True] * len(kept) + [False] * (fixed - len(kept))
         np.testing.assert_array_equal(states[: len(kept)], kept)
-        assert not states[len(kept) :].any()
+        assert not states[len(kept) :].any() and mask.tolist() == [True] * len(kept) + [False] * (fixed - len(kept))
 
 
 def test_padding_ends_at_a_multiple():

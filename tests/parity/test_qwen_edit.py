@@ -16,7 +16,7 @@ from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.sharding.rules import sharded_shapes
 from tests.parity.tiny_qwen import save_tiny_qwen
-from tests.parity.tiny_qwen_text import EDIT, EDIT_PLUS, TinyProcessor
+from tests.parity.tiny_qwen_text import EDIT, EDIT_PLUS, TinyProcessor, mark_pictures
 from tests.parity.transformer_cases import SEED
 
 PIXELS = 1e-3  # largest difference of a pixel in [0, 1]
@@ -49,10 +49,12 @@ def reference(folder, name, monkeypatch, areas=None):
     for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
         monkeypatch.setattr(module, "calculate_dimensions", small(module.calculate_dimensions))
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
+    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder")
+    mark_pictures(encoder)
     pipeline = getattr(diffusers, name)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         vae=diffusers.AutoencoderKLQwenImage.from_pretrained(folder / "vae"),
-        text_encoder=Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder"),
+        text_encoder=encoder,
         tokenizer=tokenizer,
         processor=TinyProcessor(tokenizer),  # type: ignore[arg-type]
         transformer=diffusers.QwenImageTransformer2DModel.from_pretrained(folder / "transformer"),

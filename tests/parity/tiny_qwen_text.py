@@ -109,6 +109,17 @@ def tiny_image_processor() -> Any:
     return Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056})
 
 
+def mark_pictures(encoder: Any) -> None:
+    """Tells ``encoder`` which tokens are a picture's, which diffusers' pipelines do not: see ``torch_bridge.qwen_text``."""
+    plain = encoder.forward
+
+    def forward(input_ids: Any, **options: Any) -> Any:
+        marks = (input_ids == encoder.config.image_token_id).int()
+        return plain(input_ids, mm_token_type_ids=marks, **options)
+
+    encoder.forward = forward
+
+
 class TinyProcessor:
     """What diffusers' pipelines call: transformers' own `Qwen2_5_VLProcessor` cannot be built without torchvision.
 

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from cocoedit_jax.data.text_identity import text_identity
 from cocoedit_jax.data.text_kind import qwen_kind
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.text import Instruction
-from tests.parity.tiny_qwen_text import EDIT, EDIT_PLUS, TinyProcessor, save_tiny_qwen_text
+from tests.parity.tiny_qwen_text import EDIT, EDIT_PLUS, TinyProcessor, mark_pictures, save_tiny_qwen_text
 from tests.parity.transformer_cases import SEED
 from torch_bridge.qwen_text import QwenTextEncoder, encode_edits, encode_folder
 
@@ -25,6 +29,7 @@ torch = pytest.importorskip("torch", reason="needs the [bridge] extra")
 pytest.importorskip("diffusers", reason="needs the [bridge] extra")
 pytest.importorskip("transformers", reason="needs the [bridge] extra")
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["make the circle red", "", "Remove the é square {0}: now!\n" * 4]
 AREA = {"edit": 1024 * 1024, "edit_plus": 384 * 384}
 
@@ -58,13 +63,7 @@ def pipeline_of(folder, marked=True):
     encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder")
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "processor")
     if marked:
-        plain = encoder.forward
-
-        def forward(input_ids, **options):
-            marks = (input_ids == encoder.config.image_token_id).int()
-            return plain(input_ids, mm_token_type_ids=marks, **options)
-
-        encoder.forward = forward
+        mark_pictures(encoder)
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     return getattr(diffusers, name)(
         scheduler=None, vae=None, text_encoder=encoder, tokenizer=tokenizer, processor=TinyProcessor(tokenizer),
@@ -274,12 +273,11 @@ def test_folder(model, tmp_path, monkeypatch, capsys):
 
     records = read_records(data, framing, strict=False).records
     source = record_dataset(records, framing)
-    asked = [
-        Instruction(record.prompt, record.image_name, source[number]["image"]) for number, record in enumerate(records)
-    ]
+    seen: list[Any] = [source[number] for number in range(len(records))]
+    asked = [Instruction(item["prompt"], item["image_name"], item["image"]) for item in seen]
     cache = TextCache(data, kind, text_identity(model))
     found = cache(asked)
-    images = [[Image.fromarray(np.rint(instruction.pixels * 255).astype(np.uint8))] for instruction in asked]
+    images = [[Image.fromarray(np.rint(item["image"] * 255).astype(np.uint8))] for item in seen]
     expected = QwenTextEncoder(model, dtype="float32")([instruction.prompt for instruction in asked], images)
     for states, mask, row in zip(found["text"], found["mask"], expected, strict=True):
         assert mask.sum() == len(row)
@@ -287,7 +285,8 @@ def test_folder(model, tmp_path, monkeypatch, capsys):
 
     path = records[1].image
     Image.fromarray(255 - np.asarray(Image.open(path).convert("RGB"))).save(path)
-    changed = record_dataset(records, framing)[1]["image"]
+    again: Any = record_dataset(records, framing)[1]
+    changed = again["image"]
     with pytest.raises(UserError, match=rf"1 picture.s. changed, .*: {asked[1].image}; encode them with: .*=qwen"):
         cache([Instruction(asked[1].prompt, asked[1].image, changed)])
     with counted(monkeypatch) as encoded:
@@ -295,3 +294,34 @@ def test_folder(model, tmp_path, monkeypatch, capsys):
         assert "0 of them new" in encode_folder(data, model, framing)
     assert [instruction.image for instruction in encoded] == [asked[1].image]
     TextCache(data, kind)([Instruction(asked[1].prompt, asked[1].image, changed)])
+
+
+def test_command(plus, tmp_path):
+    """Pictures of a rare shape are framed as training frames them, which gives up buckets of too few records."""
+    data = prepare.write_scenes(tmp_path / "scenes", 3, size=48, seed=SEED)
+    for folder in ("images", "masks"):
+        path = sorted((data / folder).iterdir())[0]
+        Image.open(path).resize((80, 48), Image.Resampling.NEAREST).save(path)
+
+    def command(*flags):
+        arguments = [sys.executable, "-m", "launch.prepare_data", "--encode=qwen", f"--model={plus}", f"--out={data}"]
+        return subprocess.run([*arguments, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = command("--resolution=64", "--crop=buckets", "--groups=2", "--encode_batch=2")
+    assert done.returncode == 0 and "3 distinct prompts and pictures of 3 records" in done.stdout, done.stderr
+    assert "encode text" in done.stderr and "instructions/s" in done.stderr
+    framing = Framing(64, "buckets")
+    cache = TextCache(data, qwen_kind("edit_plus", framing), text_identity(plus))
+
+    def asked(minimum):
+        records = read_records(data, framing, min_bucket_records=minimum).records
+        seen: list[Any] = [record_dataset(records, framing)[number] for number in range(3)]
+        return [Instruction(item["prompt"], item["image_name"], item["image"]) for item in seen]
+
+    assert cache(asked(2))["text"].shape[0] == 3
+    with pytest.raises(UserError, match=r"1 picture.s. changed, or are framed otherwise"):
+        cache(asked(1))
+    refused = command("--max_length=128")
+    assert (
+        refused.returncode == 1 and refused.stderr == "error: --max_length: not used with --encode=qwen; see --help\n"
+    )

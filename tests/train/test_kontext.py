@@ -43,6 +43,7 @@ def config(model, data, preset="cocoedit", **overrides):
     return shrunk(get_config(preset), model, data, **{"model.text_tokens": TOKENS} | overrides)
 
 
+@pytest.mark.slow
 def test_one_step_resume_and_export(model, data, tmp_path):
     import torch
     from diffusers import FluxKontextPipeline

@@ -41,6 +41,7 @@ def config(model, data, configs=qwen_image_edit, **overrides):
     return shrunk(configs.get_config("cocoedit"), model, data, **overrides)
 
 
+@pytest.mark.slow
 def test_one_step_resume_and_export(model, data, tmp_path, monkeypatch):
     import torch
 
@@ -87,6 +88,7 @@ def losses(setup, run):
     return read_metrics(run)[-1]
 
 
+@pytest.mark.slow
 def test_options_of_training(model, data, tmp_path):
     """Precomputed modulation changes nothing; the released text handling and the 2511 variant do."""
     base = losses(build(config(model, data)), tmp_path / "base")
@@ -117,5 +119,3 @@ def test_what_does_not_fit_is_refused(model, data):
         build(config(model, data, **{"data.resolution": 48}))
     with pytest.raises(UserError, match="text_tokens=-1"):
         build(config(model, data, **{"model.text_tokens": -1}))
-    with pytest.raises(UserError, match="precompute_modulation"):
-        build(config(model, data, **{"model.precompute_modulation": 1}))

@@ -19,18 +19,9 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.reporting.telemetry import progress
 from torch_bridge import require_torch
+from torch_bridge.loading import default_device, default_dtype, load_model, load_pretrained
 
 T5_TOKENS = 512  # the most that diffusers' pipeline accepts
-
-
-def default_device() -> str:
-    """The GPU if PyTorch finds one."""
-    return "cuda" if require_torch().cuda.is_available() else "cpu"
-
-
-def default_dtype(device: str) -> str:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slow."""
-    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 class FluxTextEncoder:
@@ -62,27 +53,11 @@ class FluxTextEncoder:
         root = Path(model_dir)
         encoder_files(root)
         self._torch = torch
-        self._clip_tokenizer = _load(CLIPTokenizer, root / "tokenizer")
+        self._clip_tokenizer = load_pretrained(CLIPTokenizer, root / "tokenizer")
         self._clip_length = self._clip_tokenizer.model_max_length  # 77, as the pipeline reads it
-        self._t5_tokenizer = _load(T5Tokenizer, root / "tokenizer_2")
-        self._clip = self._load_model(CLIPTextModel, root / "text_encoder")
-        self._t5 = self._load_model(T5EncoderModel, root / "text_encoder_2")
-
-    def _load_model(self, model_class: Any, folder: Path) -> Any:
-        model, info = _load(
-            model_class,
-            folder,
-            dtype=getattr(self._torch, self.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
-            names = ", ".join(missing[:3])
-            raise UserError(f"{folder}: {len(missing)} tensor(s) of {model_class.__name__} are missing: {names}")
-        try:
-            return model.eval().to(self.device)
-        except self._torch.OutOfMemoryError as error:
-            raise UserError(f"{folder}: does not fit into the memory of {self.device}") from error
+        self._t5_tokenizer = load_pretrained(T5Tokenizer, root / "tokenizer_2")
+        self._clip = load_model(CLIPTextModel, root / "text_encoder", self.dtype, self.device)
+        self._t5 = load_model(T5EncoderModel, root / "text_encoder_2", self.dtype, self.device)
 
     def release(self) -> None:
         """Gives the memory of the encoders back to the device; the encoder cannot be used afterwards."""
@@ -178,14 +153,6 @@ def encode_folder(
                 print(line, file=sys.stderr)
             fill(writer, prompts, encoder, batch_size)
     return f"{len(prompts)} distinct prompts of {len(records)} records in {folder}, {len(missing)} of them new"
-
-
-def _load(cls: Any, folder: Path, **options: Any) -> Any:
-    try:
-        return cls.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # transformers raises anything, from KeyError to SafetensorError
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: cannot be loaded as {cls.__name__}: {first_line}") from error
 
 
 def _to_numpy(tensor: Any, dtype: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "cocoedit_jax/__init__.py").read_text())[0]
 
+JUDGE = ["starlette>=1.0,<2", "uvicorn>=0.54,<1", "pydantic>=2.11,<3", "prometheus_client>=0.22,<1"]
 BRIDGE = ["diffusers>=0.42,<0.43", "transformers>=5.23,<6", "peft>=0.21,<0.22", "accelerate>=1.15,<2"]
 
 setup(
@@ -45,6 +46,7 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "bridge": ["torch>=2.13,<2.14", *BRIDGE],
+        "judge": JUDGE,
         "test": [
             "pytest>=9,<10",
             "ruff>=0.17,<0.18",
@@ -52,6 +54,7 @@ setup(
             "scikit-image>=0.26",
             "torch==2.13.0",  # parity and golden numbers are compared to the last digits
             *BRIDGE,
+            *JUDGE,
         ],
     },
 )

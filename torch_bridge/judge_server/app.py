@@ -320,5 +320,3 @@ class _TokenGate:
         await _Body(receive, self._body_bytes).discard()
         error = ApiError(401, "authorization: expected 'Bearer TOKEN' with the server's token", param="authorization")
         await _error_response(error, Request(scope))(scope, receive, send)
-
-

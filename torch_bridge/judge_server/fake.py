@@ -6,8 +6,8 @@ share of pixels that changed. Nothing changed: 0. One token with fewer pictures:
 request. The probability of the digits 0 to 5 is 0.97 in all, with 5 * score as their expectation.
 
 More tokens: if the last text asks for a box, JSON as Qwen2.5-VL writes it, `[{"bbox_2d": [left, top, right, bottom],
-"label": "object"}]` in pixels of the last picture as it was sent, around what differs from that picture's edge; else the
-last text again.
+"label": "object"}]` in pixels of the last picture as it was sent, around what differs from that picture's edge; else
+the last text again.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ def find_box(image: Image.Image) -> list[int]:
 
 
 def _digit_logprobs(value: float) -> np.ndarray:
-    """Log-probabilities of the 256 bytes; of the digits only the two around 5 * value are possible."""
-    probabilities = np.full(256, (1 - _DIGIT_MASS) / 250)
+    """Log-probabilities of the 256 bytes: the two digits around 5 * value, and a little for every capital letter."""
+    probabilities = np.zeros(256)
+    probabilities[ord("A") : ord("Z") + 1] = (1 - _DIGIT_MASS) / 26
     digits = np.zeros(6)
     low = min(int(5 * value), 4)
     digits[low + 1] = 5 * value - low

@@ -135,7 +135,8 @@ def parse_request(body: bytes) -> ChatRequest:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = [f"{_field(fault['loc'])}: {fault['msg']}" for fault in faults[:_SHOWN_FAULTS]]
+    known = {"extra_forbidden": "this server does not know this field", "missing": "expected, but missing"}
+    lines = [f"{_field(fault['loc'])}: {known.get(fault['type'], fault['msg'])}" for fault in faults[:_SHOWN_FAULTS]]
     if len(faults) > _SHOWN_FAULTS:
         lines.append(f"and {len(faults) - _SHOWN_FAULTS} more")
     raise ApiError(400, "; ".join(lines), param=_field(faults[0]["loc"]))

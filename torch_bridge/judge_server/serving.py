@@ -1,16 +1,14 @@
-"""Running the server as a process: address, token, start, drain and end."""
+"""Running the server as a process: address, start, drain and end."""
 
 from __future__ import annotations
 
 import ipaddress
 import logging
-import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import uvicorn
 
@@ -29,11 +27,11 @@ class Address:
     port: int = 8000
 
     def check(self, token: str) -> None:
-        """Raises UserError if others could reach the server without a token."""
+        """Raises UserError if others could reach the server without a key."""
         if not token and not is_loopback(self.host):
             raise UserError(
                 f"--host={self.host}: other machines could use the server; expected a loopback address such as "
-                "127.0.0.1, or a token (--token_env or --token_file)"
+                "127.0.0.1, or a key (--key_env or --key_file)"
             )
 
     def bind(self) -> socket.socket:
@@ -131,23 +129,3 @@ def serve(model: ChatModel, settings: AppSettings, options: ServeOptions) -> Non
         signal.signal(number, already_drained)
     JudgeServer(model, settings, options, lambda text: print(text, flush=True)).run()
     print("stopped", flush=True)
-
-
-def read_token(variable: str, file: str) -> str:
-    """The token in an environment variable or a file; empty where neither is named and the variable is not set.
-
-    Raises:
-        UserError: the file cannot be read, or what was named holds no token.
-    """
-    if file:
-        try:
-            token, where = Path(file).read_text(encoding="utf-8").strip(), f"--token_file={file}"
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--token_file={file}: cannot be read ({error})") from error
-    else:
-        token, where = os.environ.get(variable, "").strip(), f"--token_env={variable}"
-        if variable not in os.environ:
-            return ""
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{where}: holds no token; expected one word of visible ASCII characters")
-    return token

@@ -84,7 +84,7 @@ def find_model(client: ChatClient) -> str:
     faults = [str(answer) for answer in found.values() if isinstance(answer, Failure)]
     if faults:
         raise UserError("--endpoint: " + "; ".join(faults))
-    names = {url: list(answer) for url, answer in found.items()}
+    names = {url: answer for url, answer in found.items() if not isinstance(answer, Failure)}
     first = {answer[0] for answer in names.values() if answer}
     if len(first) != 1 or not all(names.values()):
         raise UserError(f"--endpoint: these models are served: {names}; choose one with --model")

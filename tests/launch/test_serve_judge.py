@@ -1,8 +1,11 @@
 """The commands as processes: the fake judge without PyTorch, drained, killed and started again, and measured."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +16,7 @@ import pytest
 
 from tests.torch_bridge.judge_server.helpers import ROOT, FakeProcess, expectation, judge_request, square, wait_until
 
+REFUSED = "judge_connections_refused_total "
 GOOD = judge_request(square((0, 0, 255)), square((255, 0, 0)))
 
 
@@ -48,6 +52,48 @@ def test_told_to_end_it_finishes_what_it_has(tmp_path):
         assert [reply.status_code for reply in replies] == [200] * 3
         out, err = server.process.communicate(timeout=20)
         assert server.process.returncode == 0 and out == "stopped\n" and err == ""
+
+
+def test_a_drain_that_takes_too_long_is_ended(tmp_path):
+    with FakeProcess(tmp_path, "--fake_delay=60", "--drain_seconds=1") as server:
+        replies = []
+        asking = threading.Thread(target=lambda: replies.append(_status(server.url)))
+        asking.start()
+        wait_until(lambda: "judge_connections 2.0" in httpx.get(f"{server.url}/metrics", trust_env=False).text)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(15) == 1
+        asking.join()
+        assert replies[0] in (500, None)  # a client tries again
+
+
+def test_ten_thousand_connections(tmp_path):
+    count = 10_000
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < count + 200:
+        pytest.skip(f"needs more than {count} open files")
+    with FakeProcess(tmp_path, "--max_connections=200", "--head_seconds=1") as server:
+        sockets = []
+        try:
+            for _ in range(count):
+                sockets.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            with contextlib.suppress(OSError):
+                sockets[0].sendall(b"GET / HTTP/1.1\r\n")
+            open_files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+            assert open_files < 300
+            wait_until(lambda: _status(server.url) == 200)
+            text = httpx.get(f"{server.url}/metrics", trust_env=False).text
+            refused = float(next(line for line in text.splitlines() if line.startswith(REFUSED)).split()[1])
+            assert count - 2 * 200 <= refused <= count + 100
+        finally:
+            for connection in sockets:
+                connection.close()
+
+
+def _status(url):
+    try:
+        return post(url).status_code
+    except httpx.TransportError:
+        return None
 
 
 def test_killed_and_started_again(tmp_path):

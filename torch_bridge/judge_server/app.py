@@ -87,6 +87,11 @@ class JudgeApp:
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
         self.asgi: ASGIApp = _TokenGate(app, settings.token, settings.limits.body_bytes)
 
+    @property
+    def busy(self) -> bool:
+        """The model's thread is loading or computing."""
+        return not self.loaded or self.batcher.computing
+
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         loading = asyncio.create_task(self._load())
@@ -168,8 +173,9 @@ class JudgeApp:
         except QueueFull as error:
             await body.discard()
             raise ApiError(429, "the queue is full", code="queue_full", retry_after=error.retry_after) from error
-        except ApiError:
-            await body.discard()
+        except ApiError as error:
+            if error.status != 408:  # that client has had its time
+                await body.discard()
             raise
         if job.sampling.max_tokens == 1:
             self.metrics.observe_mass(completion, self.model.digits)

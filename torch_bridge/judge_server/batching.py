@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from torch_bridge.judge_server.chat_model import Completion, Prompt, Sampling
@@ -72,6 +72,7 @@ class Batcher:
         self._seconds_each = 0.1
         self._failures = 0
         self._batch_since: float | None = None
+        self._computing: Future[list[Completion]] | None = None
 
     @property
     def depth(self) -> int:
@@ -87,6 +88,11 @@ class Batcher:
     def batch_seconds(self) -> float:
         """For how long the present batch has been computing; 0 if none is."""
         return time.monotonic() - self._batch_since if self._batch_since is not None else 0.0
+
+    @property
+    def computing(self) -> bool:
+        """The model's thread is at work, which it may still be when the work is not waited for any more."""
+        return self._computing is not None and not self._computing.done()
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -152,10 +158,10 @@ class Batcher:
 
     async def _complete(self, batch: list[_Waiting]) -> None:
         self._batch_since = start = time.monotonic()
-        loop = asyncio.get_running_loop()
         try:
             prompts, samplings = [w.prompt for w in batch], [w.sampling for w in batch]
-            completions = await loop.run_in_executor(self._thread, self._compute, prompts, samplings)
+            self._computing = self._thread.submit(self._compute, prompts, samplings)
+            completions = await asyncio.wrap_future(self._computing)
             if len(completions) != len(batch):
                 raise RuntimeError(f"{len(completions)} completions for {len(batch)} prompts")
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -119,7 +120,9 @@ class JudgeServer:
 
 
 def serve(model: ChatModel, settings: AppSettings, options: ServeOptions) -> None:
-    """Runs a server as the process: SIGTERM or Ctrl-C ends it with code 0 once its queue is empty."""
+    """Runs a server as the process: SIGTERM or Ctrl-C ends it with code 0 once its queue is empty, with code 1 if that
+    takes longer than allowed.
+    """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
     def already_drained(number: int, frame: object) -> None:
@@ -127,5 +130,8 @@ def serve(model: ChatModel, settings: AppSettings, options: ServeOptions) -> Non
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, already_drained)
-    JudgeServer(model, settings, options, lambda text: print(text, flush=True)).run()
+    server = JudgeServer(model, settings, options, lambda text: print(text, flush=True))
+    server.run()
     print("stopped", flush=True)
+    if server.app.busy:  # a thread cannot be interrupted, and Python would wait for it
+        os._exit(int(server.app.loaded))

@@ -1,5 +1,6 @@
 """Requests read and refused, replies written: without a server."""
 
+import io
 import json
 
 import numpy as np
@@ -131,7 +132,6 @@ def test_all_faults_together_and_no_input_repeated():
         as_url(b"GIF89a\x01\x00\x01\x00\x00\x00\x00;"),
         data_url(square((1, 2, 3)))[:200],
         data_url(square((1, 2, 3)), "JPEG")[:400],
-        data_url(square((1, 2, 3)))[:-8],
         as_url(png_of_size(20_000, 20_000)),
         as_url(png_of_size(101, 100)),
         as_url(png_of_size(2010, 2)),
@@ -162,8 +162,6 @@ def test_pictures_that_are_read():
     turned = Image.new("RGB", (7, 5))
     exif = turned.getexif()
     exif[0x0112] = 6
-    import io
-
     buffer = io.BytesIO()
     turned.save(buffer, "JPEG", exif=exif)
     assert decode_data_url(as_url(buffer.getvalue(), "jpeg"), 10**6, 100).size == (5, 7)

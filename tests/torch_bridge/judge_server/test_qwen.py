@@ -72,10 +72,9 @@ def model(folder):
 def test_the_prompt_is_the_templates(model):
     prompt = model.prepare(CONVERSATIONS[0])
     text = model._tokenizer.decode(prompt.inputs.input_ids)
-    pads = [4 * 2, 4 * 2]  # merged patches of 112x56 and of 84x112 px
-    grids = prompt.inputs.image_grid_thw.prod(-1) // 4
-    first, second = ("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in grids)
-    assert grids[0] == pads[0] and prompt.tokens == len(prompt.inputs.input_ids)
+    merged = prompt.inputs.image_grid_thw.prod(-1) // 4
+    first, second = ("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in merged)
+    assert merged.tolist() == [2 * 4, 4 * 2] and prompt.tokens == len(prompt.inputs.input_ids)
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         f"before:{first}after:{second}score?<|im_end|>\n<|im_start|>assistant\n"

@@ -67,9 +67,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.algorithm.update(RELEASED.get(name, {}))
 
     config.judge = ConfigDict()
-    config.judge.name = (
-        "vlm"  # or another registered judge, or MODULE:NAME of your own (CONTRIBUTING.md, "Add a judge")
-    )
+    config.judge.name = "vlm"  # a registered judge, or MODULE:NAME of your own (CONTRIBUTING.md, "Add a judge")
     config.judge.vlm = ConfigDict()  # a vision-language model: python -m launch.serve_judge, or any vLLM
     config.judge.vlm.endpoints = "http://127.0.0.1:8000/v1"  # base URLs, separated by commas
     config.judge.vlm.model = ""  # name on the servers; empty: the only one that they have

@@ -1,17 +1,19 @@
 """Is a server fit to judge? What it can do, asked once; and pictures whose scores are known, asked again and again."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from cocoedit_jax.data.scenes import sample_batch
+from cocoedit_jax.data.scene_render import render
+from cocoedit_jax.data.scene_spec import COLORS, SceneObject, SceneSpec
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.rewards.chat import ChatClient, ChatReply, ChatRequest, Failure
 from cocoedit_jax.rewards.judge_score import digit_of, top_tokens
 
 CANARY_SIZE = 224  # pixels, a multiple of the 28 of a Qwen2.5-VL cell
-CANARY_OPERATIONS = ("remove", "add", "recolor")  # swapping their images undoes what was asked for
+_RECOLORED = (("circle", "red", "blue"), ("square", "blue", "green"), ("star", "yellow", "red"))
 # The digits 0 to 5 in the tokenizers of Qwen2, Qwen2.5 and Qwen3, which write no other token with a digit.
 QWEN_DIGITS = tuple(range(15, 21))
 
@@ -32,30 +34,23 @@ _HINTS = (
 )
 
 
-@dataclass(frozen=True)
-class CanarySet:
-    """Edits whose order is known. Good ones lead from ``source`` to ``target``, bad ones change nothing, swapped ones
-    are good ones backwards. Float32 ``[n, s, s, 3]`` in [0, 1].
+@functools.cache
+def canary_pairs() -> tuple[tuple[str, np.ndarray, np.ndarray, str], ...]:
+    """Edits whose order is known, as ``(kind, before, after, instruction)``; images float32 ``[s, s, 3]`` in [0, 1].
+
+    ``good`` follows the instruction, ``bad`` changes nothing, ``swapped`` is the good one backwards.
     """
-
-    source: np.ndarray
-    target: np.ndarray
-    instructions: list[str]
-
-    def pairs(self) -> list[tuple[str, np.ndarray, np.ndarray, str]]:
-        """``(kind, before, after, instruction)`` of every question."""
-        found = []
-        for source, target, words in zip(self.source, self.target, self.instructions, strict=True):
-            found += [("good", source, target, words), ("bad", source, source, words)]
-            found.append(("swapped", target, source, words))
-        return found
-
-
-def canary_set() -> CanarySet:
-    """One scene of each of ``CANARY_OPERATIONS``, the same every time."""
-    scenes = [sample_batch(np.random.default_rng(5), 1, CANARY_SIZE, (name,)) for name in CANARY_OPERATIONS]
-    source, target = (np.concatenate([getattr(s, name) for s in scenes]) for name in ("source", "target"))
-    return CanarySet(source, target, [words for s in scenes for words in s.instructions])
+    pairs = []
+    for cell, (shape, old, new) in enumerate(_RECOLORED):
+        item = SceneObject(shape, old, cell, 0.25 + 0.5 * (cell % 2), 0.25 + 0.5 * (cell // 2), 0.18, COLORS[old])
+        result = dataclasses.replace(item, color=new, rgb=COLORS[new])
+        # Only the wanted colour is named, so that the instruction cannot be met by both orders.
+        instruction = f"Make the {shape} {new}."
+        spec = SceneSpec((0.6, 0.6, 0.6), cell, (item,), "recolor", 0, result, instruction)
+        before, after, _ = render(spec, CANARY_SIZE)
+        pairs += [("good", before, after, instruction), ("bad", before, before, instruction)]
+        pairs.append(("swapped", after, before, instruction))
+    return tuple(pairs)
 
 
 def hint(failure: Failure) -> str:

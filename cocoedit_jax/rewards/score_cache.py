@@ -1,6 +1,7 @@
 """Judgements on disk, by the content of what was judged: a resumed run does not pay for them again."""
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from cocoedit_jax.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 FILE = "scores.jsonl"
 
 
@@ -18,7 +20,7 @@ class ScoreCache:
     file is read, so it may be killed at any time.
 
     Raises:
-        UserError: the folder cannot be used.
+        UserError: the file cannot be read.
     """
 
     def __init__(self, folder: str):
@@ -29,9 +31,16 @@ class ScoreCache:
         try:
             if self._path is not None and self._path.exists():
                 self._read(self._path.read_bytes())
-            self._open()
         except OSError as error:
-            raise UserError(f"cache_dir: {self._path} cannot be used ({error})") from error
+            raise UserError(f"cache_dir: {self._path} cannot be read ({error})") from error
+
+    def open(self) -> None:
+        """Makes sure that the file can be written. Raises UserError."""
+        try:
+            with self._lock:
+                self._open()
+        except OSError as error:
+            raise UserError(f"cache_dir: {self._path} cannot be written ({error})") from error
 
     def _open(self) -> None:
         if self._path is None or self._file is not None:
@@ -63,9 +72,12 @@ class ScoreCache:
         line = json.dumps({"key": key, **values}, allow_nan=False) + "\n"
         with self._lock:
             self._entries[key] = dict(values)
-            self._open()
-            if self._file is not None:
-                os.write(self._file, line.encode())
+            try:
+                self._open()
+                if self._file is not None:
+                    os.write(self._file, line.encode())
+            except OSError as error:  # a full disk costs the cache, not the judgement
+                _LOG.warning("%s: not written (%s)", self._path, error)
 
     def close(self) -> None:
         """Closes the file; ``put`` opens it again."""

@@ -23,7 +23,7 @@ from cocoedit_jax.rewards.chat_protocol import MIN_JPEG_QUALITY
 from cocoedit_jax.rewards.judge import JudgeRequest, JudgeScore, register_judge
 from cocoedit_jax.rewards.judge_probe import (
     QWEN_DIGITS,
-    canary_set,
+    canary_pairs,
     choose_model,
     hint,
     probe_logprobs,
@@ -128,12 +128,9 @@ class VlmJudge:
         Raises:
             UserError: saying what to change.
         """
+        self._cache.open()
         self._client.model = choose_model(self._client, self._model, self._start_deadline)
-        canaries = canary_set()
-        images = [self._encoded(canaries.source[0]), self._encoded(canaries.target[0])]
-        question = next(iter(self._prompt.questions))
-        text = self._prompt.ask(question, canaries.instructions[0], self._stand_in(canaries.instructions[0]))
-        messages = self._prompt.messages(images[0], images[1], text, self._format)
+        messages = self._canary_messages(*canary_pairs()[0][1:])[0]
         probe_logprobs(self._client, messages, self._start_deadline)
         digits = self._digits or QWEN_DIGITS
         if supports_token_ids(self._client, messages, digits, self._start_deadline):
@@ -315,9 +312,11 @@ class VlmJudge:
 
     # --- canaries -----------------------------------------------------------------------------------------------------
 
-    def _stand_in(self, words: str) -> dict[str, str]:
-        """What a canary says for the further fields of a record."""
-        return dict.fromkeys(self._prompt.fields, words)
+    def _canary_messages(self, before: np.ndarray, after: np.ndarray, words: str) -> list[list[dict[str, Any]]]:
+        """The messages of every question; further fields of a record say what the instruction says."""
+        images, extra = (self._encoded(before), self._encoded(after)), dict.fromkeys(self._prompt.fields, words)
+        questions = [self._prompt.ask(name, words, extra) for name in self._prompt.questions]
+        return [self._prompt.messages(*images, text, self._format) for text in questions]
 
     def _check_canaries(self, deadline_s: float) -> None:
         if self._canary_margin < 0:
@@ -326,11 +325,8 @@ class VlmJudge:
         if len(urls) > 1:  # one server that is down does not hold up the others
             deadline_s = min(deadline_s, 2 * self._timeout)
         marked, requests = [], []
-        for kind, before, after, words in canary_set().pairs():
-            images = self._encoded(before), self._encoded(after)
-            for name in self._prompt.questions:
-                text = self._prompt.ask(name, words, self._stand_in(words))
-                messages = self._prompt.messages(*images, text, self._format)
+        for kind, *pair in canary_pairs():
+            for messages in self._canary_messages(*pair):
                 for url in urls:
                     marked.append((url, kind))
                     requests.append(self._request(messages, endpoint=url))

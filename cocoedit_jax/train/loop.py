@@ -177,9 +177,8 @@ class Trainer:
         return metrics, drawn
 
     def _judge_counters(self) -> dict[str, float]:
-        return {
-            f"judge/{name}": value for name, value in (judge_hook(self.setup.judge, "pop_counters")() or {}).items()
-        }
+        counters = judge_hook(self.setup.judge, "pop_counters")() or {}
+        return {f"judge/{name}": value for name, value in counters.items()}
 
     def _records(self, step: int) -> np.ndarray:
         """Indices of the training records of ``step``, one per group; all of one image size."""

@@ -12,8 +12,11 @@ import threading
 import time
 
 import httpx2 as httpx
+import numpy as np
 import pytest
 
+from cocoedit_jax.rewards.judge import JudgeRequest
+from cocoedit_jax.rewards.vlm_judge import VlmJudge
 from tests.torch_bridge.judge_server.helpers import ROOT, FakeProcess, expectation, judge_request, square, wait_until
 
 REFUSED = "judge_connections_refused_total "
@@ -108,6 +111,14 @@ def test_killed_and_started_again(tmp_path):
         assert server.url == url and post(url).status_code == 401
         reply = post(url, headers={"Authorization": "Bearer secret"})
         assert reply.status_code == 200 and expectation(reply.json())[0] > 0.9
+        # A trainer's judge is content with it: capabilities, canaries, scores.
+        judge = VlmJudge(f"{url}/v1", key_file=str(tmp_path / "key"))
+        judge.start()
+        before, after = (np.asarray(square(colour)) for colour in ((0, 0, 255), (255, 0, 0)))
+        pairs = [(before, after), (before, before)]
+        good, none = judge([JudgeRequest(*pair, "make the square red") for pair in pairs])
+        judge.close()
+        assert good.score is not None and good.score > 0.9 and none.score == pytest.approx(0)
         # The other command on it.
         flags = (
             f"--endpoint={url}/v1",

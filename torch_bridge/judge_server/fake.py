@@ -42,11 +42,12 @@ _BOX = re.compile(r"\b(bbox|box|bounding)", re.IGNORECASE)
 _SIDE = 64  # pictures are compared at this size
 _CHANGED = 16  # of 255, in any channel
 _DIGIT_MASS = 0.97
+_FIRST = 33  # the byte with number 0
 _CELL = 28  # pixels of a picture token of Qwen2.5-VL
 
 
 class FakeModel:
-    """See the module. Tokens are bytes, and their numbers the byte's.
+    """See the module. Tokens are bytes; the digits 0 to 5 have the numbers 15 to 20, as in Qwen's tokenizers.
 
     Args:
         delay: seconds that a batch takes.
@@ -54,7 +55,7 @@ class FakeModel:
 
     vocabulary_size = 256
     max_tokens = 2**15
-    digits = frozenset(b"012345")
+    digits = frozenset(range(15, 21))
 
     def __init__(self, delay: float = 0.0):
         self.delay = delay
@@ -63,7 +64,7 @@ class FakeModel:
         pass
 
     def token(self, token_id: int) -> str:
-        return bytes([token_id]).decode("utf-8", "replace")
+        return bytes([(token_id + _FIRST) % 256]).decode("utf-8", "replace")
 
     def prepare(self, messages: Sequence[Message]) -> Prompt:
         texts = sum(len(text.encode()) for message in messages for text in message.texts)
@@ -84,7 +85,8 @@ def _complete(messages: Sequence[Message], sampling: Sampling) -> Completion:
     if images and _BOX.search(text):
         text = json.dumps([{"bbox_2d": find_box(images[-1]), "label": "object"}])
     data = text.encode()[: sampling.max_tokens]
-    choices = tuple(TokenChoice(byte, 0.0, _candidates(_certain(byte), byte, sampling)) for byte in data)
+    ids = [(byte - _FIRST) % 256 for byte in data]
+    choices = tuple(TokenChoice(number, 0.0, _candidates(_certain(number), number, sampling)) for number in ids)
     return Completion(choices, data.decode("utf-8", "replace"), "stop" if len(data) < sampling.max_tokens else "length")
 
 
@@ -92,7 +94,7 @@ def _judge(messages: Sequence[Message], sampling: Sampling) -> Completion:
     logprobs = _digit_logprobs(score(messages))
     best = int(logprobs.argmax())
     choice = TokenChoice(best, float(logprobs[best]), _candidates(logprobs, best, sampling))
-    return Completion((choice,), chr(best), "length")
+    return Completion((choice,), chr(best + _FIRST), "length")
 
 
 def score(messages: Sequence[Message]) -> float:
@@ -128,7 +130,7 @@ def find_box(image: Image.Image) -> list[int]:
 
 
 def _digit_logprobs(value: float) -> np.ndarray:
-    """Log-probabilities of the 256 bytes: the two digits around 5 * value, and a little for every capital letter."""
+    """Log-probabilities of the 256 tokens: the two digits around 5 * value, and a little for every capital letter."""
     probabilities = np.zeros(256)
     probabilities[ord("A") : ord("Z") + 1] = (1 - _DIGIT_MASS) / 26
     digits = np.zeros(6)
@@ -137,12 +139,12 @@ def _digit_logprobs(value: float) -> np.ndarray:
     digits[low] = 1 - digits[low + 1]
     probabilities[ord("0") : ord("6")] = _DIGIT_MASS * digits
     with np.errstate(divide="ignore"):
-        return np.log(probabilities)
+        return np.log(np.roll(probabilities, -_FIRST))
 
 
-def _certain(byte: int) -> np.ndarray:
+def _certain(token_id: int) -> np.ndarray:
     logprobs = np.full(256, -np.inf)
-    logprobs[byte] = 0.0
+    logprobs[token_id] = 0.0
     return logprobs
 
 

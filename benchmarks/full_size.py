@@ -1,6 +1,6 @@
-"""The optimizer step of FLUX.1 Kontext at its real size, compiled ahead of time: memory per device, no weights needed.
+"""The optimizer step of a published model at its real size, compiled ahead of time: memory per device, no weights.
 
-    JAX_PLATFORMS=cpu python -m benchmarks.full_size                                      # for the CPU backend
+    JAX_PLATFORMS=cpu python -m benchmarks.full_size [--model=qwen_image_edit]            # for the CPU backend
     JAX_PLATFORMS=cpu python -m benchmarks.full_size --topology=v5p:2x2x1 --fsdp=4        # for TPUs that are not there
 
 For a topology install the extra [tpu] (libtpu) and set TPU_SKIP_MDS_QUERY=1. Nothing is executed.
@@ -17,18 +17,14 @@ from typing import Any
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
-from cocoedit_jax.models.editor import KontextEditor
-from cocoedit_jax.models.flux import REMAT_POLICIES, FluxConfig, FluxTransformer
-from cocoedit_jax.models.text import PrecomputedText
+from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.sharding.mesh import make_mesh
-from cocoedit_jax.train.plan import StepShape, lower_step, memory
+from cocoedit_jax.train.plan import StepShape, lower_step, memory, published_editor
 
 GIB = 2**30
 
@@ -39,10 +35,12 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     if args.topology:
         devices = list(np.asarray(topologies.get_topology_desc(args.topology, "tpu").devices).flat)
     mesh = make_mesh({"data": -1, "fsdp": args.fsdp, "tensor": args.tensor}, devices)
-    transformer = FluxTransformer(FluxConfig(), dtype=jnp.bfloat16, remat=args.remat, attention_backend=args.attention)
-    editor = KontextEditor(transformer, AutoencoderKL(), PrecomputedText.of({}))
+    editor = published_editor(args.model, remat=args.remat, attention_backend=args.attention)
     data = mesh.shape["data"]
-    shape = StepShape(args.resolution, args.resolution, args.text_tokens, args.samples, args.per_device * data)
+    shape = StepShape(
+        args.resolution, args.resolution, args.text_tokens, args.text_mask,
+        samples=args.samples, micro_batch=args.per_device * data,
+    )  # fmt: skip
     start = time.perf_counter()
     lowered = lower_step(editor, preset(args.preset), lora.LoraConfig(32, 64), shape, mesh)
     traced = time.perf_counter()
@@ -62,11 +60,15 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", default="flux_kontext", choices=["flux_kontext", "qwen_image_edit", "qwen_image_edit_2511"]
+    )
     parser.add_argument("--topology", default="", help="TPU topology, such as v5p:2x2x1; empty: this machine's device")
     parser.add_argument("--fsdp", type=int, default=1)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--resolution", type=int, default=512, help="pixels")
     parser.add_argument("--text_tokens", type=int, default=128)
+    parser.add_argument("--text_mask", action="store_true", help="texts are padded and masked")
     parser.add_argument("--samples", type=int, default=288, help="per optimizer step")
     parser.add_argument("--per_device", type=int, default=3, help="samples per micro-batch and data shard")
     parser.add_argument("--remat", default="full", choices=sorted(REMAT_POLICIES))

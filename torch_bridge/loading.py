@@ -32,8 +32,8 @@ def load_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
         raise UserError(f"{folder}: cannot be loaded as {cls.__name__}: {first_line}") from error
 
 
-def load_model(cls: Any, folder: Path, dtype: str, device: str, **options: Any) -> Any:
-    """A model of safetensors files, complete, in eval mode, on ``device``.
+def load_model(cls: Any, folder: Path, dtype: str, device: str, inner: str | None = None) -> Any:
+    """A model of safetensors files, complete, in eval mode, on ``device``; or only its attribute ``inner``.
 
     Args:
         dtype: name of a type of PyTorch, such as "bfloat16".
@@ -43,12 +43,16 @@ def load_model(cls: Any, folder: Path, dtype: str, device: str, **options: Any) 
     """
     torch = require_torch("transformers")
     model, info = load_pretrained(
-        cls, folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **options
+        cls, folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
     )
-    if missing := sorted(info["missing_keys"]):  # transformers would go on with random ones
+    prefix = "" if inner is None else f"{inner}."
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
+    if missing:  # transformers would go on with random ones
         names = ", ".join(missing[:3])
         raise UserError(f"{folder}: {len(missing)} tensor(s) of {cls.__name__} are missing: {names}")
+    kept = model if inner is None else getattr(model, inner)
+    del model
     try:
-        return model.eval().to(device)
+        return kept.eval().to(device)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{folder}: does not fit into the memory of {device}") from error

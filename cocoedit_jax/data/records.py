@@ -38,6 +38,7 @@ class Record:
     extra: dict[str, Any] = field(default_factory=dict)
     line: int = 0
     bucket: int = 0
+    image_name: str = ""  # path relative to the folder, POSIX
 
 
 @dataclass(frozen=True)
@@ -217,14 +218,16 @@ def _parse_line(root: Path, resolved: Path, text: str, number: int) -> Record:
     edit_type = data.get("edit_type")
     if not isinstance(edit_type, str | None):
         raise DataFault("wrong type", f"field 'edit_type' is {edit_type!r}, expected a string")
+    image = _inside(root, resolved, data["image"], "image")
     return Record(
         id=record_id(data["image"], data["prompt"]) if identity is None else str(identity),
         prompt=data["prompt"],
-        image=_inside(root, resolved, data["image"], "image"),
+        image=image,
         mask=_inside(root, resolved, data["mask"], "mask"),
         edit_type=edit_type,
         extra={name: value for name, value in data.items() if name not in _KNOWN_FIELDS},
         line=number,
+        image_name=image.relative_to(root).as_posix(),
     )
 
 

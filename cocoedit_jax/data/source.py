@@ -17,8 +17,8 @@ from cocoedit_jax.errors import UserError
 class RecordSource:
     """Grain random-access source: item i is the dictionary of record i.
 
-    image float32 [H, W, 3] in [0, 1]; edit_mask float32 [H, W], 1 = may change; prompt, id, edit_type (str or None),
-    extra (dict), index (int).
+    image float32 [H, W, 3] in [0, 1]; edit_mask float32 [H, W], 1 = may change; image_name, prompt, id,
+    edit_type (str or None), extra (dict), index (int).
     """
 
     def __init__(self, records: Sequence[Record], framing: Framing):
@@ -38,6 +38,7 @@ class RecordSource:
         return {
             "image": image,
             "edit_mask": edit_mask,
+            "image_name": record.image_name,
             "prompt": record.prompt,
             "id": record.id,
             "edit_type": record.edit_type,

@@ -1,4 +1,4 @@
-"""Which text encoders made an embedding: hashes of their configuration, tokenizer and weight files."""
+"""Which text encoders made an embedding: hashes of their configuration, tokenizer, processor and weight files."""
 
 from __future__ import annotations
 
@@ -8,21 +8,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cocoedit_jax.data.text_kind import MODEL_INDEX, read_index
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress, write_json
 
 IDENTITY_FILE = "text_identity.json"
 FORMAT_VERSION = 1
-ENCODERS = ("text_encoder", "text_encoder_2")
-TOKENIZERS = ("tokenizer", "tokenizer_2")
+# What the names of parts of a pipeline start with, and the file that such a part must have.
+_NEEDS = {
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "processor": "preprocessor_config.json",
+}
+_FLUX = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # without model_index.json
 _TOKENIZER_FILES = (".json", ".txt", ".model")
 _CHUNK = 8_000_000  # bytes
 _MEGABYTE = 1_000_000
 
 
+def text_parts(model_dir: Path | str) -> tuple[str, ...]:
+    """Folders of text encoders, tokenizers and processors of a pipeline, encoders first: those that model_index.json
+    names, or FLUX's where there is no such file."""
+    index = read_index(model_dir)
+    if index is None:
+        return _FLUX
+    named = [name for name, value in index.items() if isinstance(value, list) and any(value)]
+    return tuple(name for start in _NEEDS for name in sorted(named) if name.startswith(start))
+
+
 def encoder_files(model_dir: Path | str) -> list[Path]:
-    """Files of a diffusers folder that decide FLUX text embeddings, relative to it: configuration and weights of CLIP
-    (`text_encoder`) and T5 (`text_encoder_2`), and their tokenizers.
+    """Files of a diffusers folder that decide text embeddings, relative to it: configuration and weights of its text
+    encoders, their tokenizers and, where they see pictures, the processor.
 
     Raises:
         UserError: naming everything that is missing.
@@ -39,26 +55,23 @@ def encoder_files(model_dir: Path | str) -> list[Path]:
         else:
             missing.append(name)
 
-    for encoder in ENCODERS:
-        take(f"{encoder}/config.json")
-        index = root / encoder / "model.safetensors.index.json"
-        if (root / encoder / "model.safetensors").is_file() or not index.is_file():
-            take(f"{encoder}/model.safetensors")
+    parts = text_parts(root)
+    if not parts:
+        raise UserError(f"{root / MODEL_INDEX}: names no text encoder; expected the index of a diffusers pipeline")
+    for part in parts:
+        needed = next(file for start, file in _NEEDS.items() if part.startswith(start))
+        take(f"{part}/{needed}")
+        if part.startswith("text_encoder"):
+            for name in _weights(root / part):
+                take(f"{part}/{name}")
         else:
-            take(f"{encoder}/{index.name}")
-            for shard in _shards(index):
-                take(f"{encoder}/{shard}")
-    for tokenizer in TOKENIZERS:
-        take(f"{tokenizer}/tokenizer_config.json")
-        files = sorted((root / tokenizer).iterdir()) if (root / tokenizer).is_dir() else []
-        found += [
-            path.relative_to(root)
-            for path in files
-            if path.suffix in _TOKENIZER_FILES and path.name != "tokenizer_config.json"
-        ]
+            files = sorted((root / part).iterdir()) if (root / part).is_dir() else []
+            found += [
+                path.relative_to(root) for path in files if path.suffix in _TOKENIZER_FILES and path.name != needed
+            ]
     if missing:
         raise UserError(
-            f"{root}: missing {', '.join(missing)}; expected the text encoders and tokenizers of a diffusers FLUX model"
+            f"{root}: missing {', '.join(missing)}; expected the text encoders and tokenizers of a diffusers pipeline"
         )
     return found
 
@@ -74,7 +87,7 @@ def text_identity(model_dir: Path | str) -> dict[str, Any]:
     """
     root = Path(model_dir)
     stated = root / IDENTITY_FILE
-    if stated.is_file() and not any((root / name).exists() for name in ENCODERS):
+    if stated.is_file() and not any((root / name).exists() for name in text_parts(root)):
         return _read(stated)
     files = encoder_files(root)
     total = sum((root / name).stat().st_size for name in files)
@@ -132,6 +145,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _digest(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def _weights(folder: Path) -> list[str]:
+    single = "model.safetensors"
+    index = folder / f"{single}.index.json"
+    if (folder / single).is_file() or not index.is_file():
+        return [single]
+    return [index.name, *_shards(index)]
 
 
 def _shards(index: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Edits pictures: resizing, sampling, writing results as they come.
 
-The same as diffusers' ``FluxKontextPipeline`` called with ``height``, ``width`` and ``max_area=height * width``, from
-the same noise; with source ``target`` or ``own`` also with ``_auto_resize=False``.
+The same as diffusers' pipelines from the same noise: ``FluxKontextPipeline`` called with ``height``, ``width`` and
+``max_area=height * width`` (with source ``target`` or ``own`` also with ``_auto_resize=False``), and
+``QwenImageEditPipeline`` and ``QwenImageEditPlusPipeline`` called with ``height`` and ``width``.
 """
 
 from collections import defaultdict
@@ -16,12 +17,13 @@ import numpy as np
 from PIL import Image
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.flow.guidance import rescaled_guidance
 from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.inference.requests import EditRequest, open_picture
-from cocoedit_jax.models import kontext
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.editor import Editor, Size
+from cocoedit_jax.models.text import Instruction
 
-Size = tuple[int, int]  # (height, width) in pixels
+Sizes = tuple[Size, tuple[Size, ...]]  # of the edit, and of its pictures as the model sees them
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,12 @@ class EditOptions:
     Attributes:
         steps: sampler steps.
         solver: name in ``flow.solvers.SOLVERS``.
-        size: of the edit; None: about a megapixel with the picture's aspect ratio (diffusers' own default is a square).
-        source: size at which the model sees the picture: ``preferred`` (the nearest of the sizes that Kontext was
-            trained on), ``target`` (the size of the edit, as in training) or ``own`` (cut to multiples of 16).
+        size: of the edit; None: about a megapixel with the picture's aspect ratio (``Editor.edit_size``).
+        source: size at which the model sees a picture: ``preferred`` (as the model's pipeline chooses it), ``target``
+            (the size of the edit, as in training) or ``own`` (cut to what the model takes).
         batch_size: most edits sampled at once; they have one size.
+        true_cfg: strength of classifier-free guidance away from ``negative``; 1: none, at half the cost.
+        negative: the prompt that guidance leads away from.
     """
 
     steps: int = 28
@@ -42,43 +46,51 @@ class EditOptions:
     size: Size | None = None
     source: str = "preferred"
     batch_size: int = 1
+    true_cfg: float = 1.0
+    negative: str = " "
 
-    def sizes(self, editor: KontextEditor, height: int, width: int) -> tuple[Size, Size]:
-        """Sizes of the edit and of the picture as the model sees it, for a picture of ``height`` x ``width``."""
-        unit = editor.autoencoder.factor * editor.patch
-        target = self.size or kontext.fitted_size(height, width, unit)
+    def sizes(self, editor: Editor, pictures: Sequence[Size]) -> Sizes:
+        """Sizes of the edit, and of its ``pictures`` as the model sees them."""
+        target = self.size or editor.edit_size(pictures)
         if self.source == "preferred":
-            return target, kontext.preferred_size(height, width, unit)
-        own = (max(height // unit, 1) * unit, max(width // unit, 1) * unit)
-        return target, target if self.source == "target" else own
+            return target, tuple(editor.source_size(picture) for picture in pictures)
+        if self.source == "target":
+            return target, (target,) * len(pictures)
+        cut = lambda side: max(side // editor.unit, 1) * editor.unit  # noqa: E731
+        return target, tuple((cut(height), cut(width)) for height, width in pictures)
 
 
 class PictureEditor:
-    """Compiled sampling for each pair of sizes. ``adapter`` has its scale folded in, or is None."""
+    """Compiled sampling for each set of sizes. ``adapter`` has its scale folded in, or is None."""
 
-    def __init__(self, editor: KontextEditor, params: Any, adapter: Any, options: EditOptions):
+    def __init__(self, editor: Editor, params: Any, adapter: Any, options: EditOptions):
         self.editor, self.options = editor, options
         self._params, self._adapter = params, adapter
-        self._programs: dict[tuple[Size, Size], Callable[..., jax.Array]] = {}
+        self._programs: dict[Sizes, Callable[..., jax.Array]] = {}
 
-    def _program(self, target: Size, source: Size) -> Callable[..., jax.Array]:
-        key = (target, source)
-        if key not in self._programs:
+    def _program(self, target: Size, sources: tuple[Size, ...]) -> Callable[..., jax.Array]:
+        if (target, sources) not in self._programs:
             editor, options = self.editor, self.options
-            grid, source_grid = editor.grid(*target), editor.grid(*source)
+            grid, grids = editor.grid(*target), tuple(editor.grid(*size) for size in sources)
             sigmas = editor.sigmas(options.steps, grid)
+            editor.check_sigmas(sigmas)
 
-            def run(params: Any, adapter: Any, images: jax.Array, text: Any, noise: jax.Array) -> jax.Array:
-                conditioning = editor.encode(params, images, text)
+            def run(params: Any, adapter: Any, images: Any, text: Any, negative: Any, noise: jax.Array) -> jax.Array:
+                wanted = editor.encode(params, images, text)
+                unwanted = negative and wanted.replace(text=editor.text.encode(params["text"], negative))
 
                 def velocity(z: jax.Array, sigma: jax.Array) -> jax.Array:
                     t = jnp.full((z.shape[0],), sigma)
-                    return editor.velocity(params, adapter, z, t, conditioning, grid, source_grid)
+                    v = editor.velocity(params, adapter, z, t, wanted, grid, grids)
+                    if unwanted is None:
+                        return v
+                    away = editor.velocity(params, adapter, z, t, unwanted, grid, grids)
+                    return rescaled_guidance(v, away, options.true_cfg)
 
                 return editor.decode(params, sample(velocity, noise, sigmas, options.solver), grid)
 
-            self._programs[key] = jax.jit(run)
-        return self._programs[key]
+            self._programs[target, sources] = jax.jit(run)
+        return self._programs[target, sources]
 
     def noise(self, seed: int, target: Size) -> jax.Array:
         """Packed noise ``[tokens, channels]`` of one edit."""
@@ -86,23 +98,47 @@ class PictureEditor:
         return jax.random.normal(jax.random.key(seed), (grid.tokens, self.editor.token_channels))
 
     def __call__(
-        self, pictures: Sequence[Image.Image], prompts: Sequence[str], noise: jax.Array, target: Size, source: Size
+        self,
+        pictures: Sequence[Sequence[Image.Image]],
+        prompts: Sequence[str],
+        noise: jax.Array,
+        sizes: Sizes,
+        names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Edits ``[B, H, W, 3]`` in [0, 1] of ``pictures``, which are resized to ``source``.
+        """Edits ``[B, H, W, 3]`` in [0, 1].
 
-        ``noise`` is packed, ``[B, tokens, channels]``.
+        Args:
+            pictures: of every edit, as many each; they are resized to the sizes that the model sees.
+            prompts: one for every edit.
+            noise: packed, ``[B, tokens, channels]``.
+            names: of every edit's pictures, where the text side knows them by name (``picture_names``).
         """
-        height, width = source
-        resized = [p.resize((width, height), Image.Resampling.LANCZOS) for p in pictures]
-        images = np.stack([np.asarray(p, np.float32) / np.float32(255) for p in resized])
-        text = self.editor.text_inputs(prompts)
-        return np.asarray(self._program(target, source)(self._params, self._adapter, images, text, noise))
+        target, sources = sizes
+        images = [np.stack([_resized(own[i], size) for own in pictures]) for i, size in enumerate(sources)]
+        names = names or [""] * len(prompts)
+        text = self.editor.text_inputs([Instruction(*pair) for pair in zip(prompts, names, strict=True)])
+        negative = None
+        if self.options.true_cfg > 1:
+            negative = self.editor.text_inputs([Instruction(self.options.negative, name) for name in names])
+        run = self._program(target, sources)
+        return np.asarray(run(self._params, self._adapter, images, text, negative, noise))
+
+
+def picture_names(request: EditRequest) -> str:
+    """What the text side knows the pictures of ``request`` by."""
+    return "\n".join(str(image) for image in request.images)
+
+
+def _resized(picture: Image.Image, size: Size) -> np.ndarray:
+    height, width = size
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized, np.float32) / np.float32(255)
 
 
 def edit_all(
     editor: PictureEditor,
     requests: Sequence[EditRequest],
-    sizes: Sequence[Size],
+    sizes: Sequence[Sequence[Size]],
     *,
     side_by_side: bool = False,
     progress: Callable[[int], object] = lambda n: None,
@@ -110,36 +146,41 @@ def edit_all(
     """Makes every edit and writes it as soon as it is made, whole or not at all.
 
     Args:
-        sizes: (height, width) of every request's picture, from ``check_pictures``.
-        side_by_side: also write ``NAME_side_by_side.png``, the picture beside its edit.
+        sizes: (height, width) of every request's pictures, from ``check_pictures``.
+        side_by_side: also write ``NAME_side_by_side.png``, the pictures beside their edit.
         progress: called with the number of edits after each batch.
     """
-    groups: dict[tuple[Size, Size], list[EditRequest]] = defaultdict(list)
-    for request, size in zip(requests, sizes, strict=True):
-        groups[editor.options.sizes(editor.editor, *size)].append(request)
-    for (target, source), members in groups.items():
+    groups: dict[Sizes, list[EditRequest]] = defaultdict(list)
+    for request, own in zip(requests, sizes, strict=True):
+        groups[editor.options.sizes(editor.editor, own)].append(request)
+    for group, members in groups.items():
         for start in range(0, len(members), editor.options.batch_size):
             part = members[start : start + editor.options.batch_size]
             # A short last batch repeats its last member, so that every batch has one shape.
             padded = part + part[-1:] * (min(editor.options.batch_size, len(members)) - len(part))
-            pictures = [open_picture(request.image) for request in padded]
-            noise = jnp.stack([editor.noise(request.seed, target) for request in padded])
-            edits = editor(pictures, [request.prompt for request in padded], noise, target, source)
-            for request, picture, edit in zip(part, pictures, edits, strict=False):
+            pictures = [[open_picture(image) for image in request.images] for request in padded]
+            noise = jnp.stack([editor.noise(request.seed, group[0]) for request in padded])
+            prompts, names = [request.prompt for request in padded], [picture_names(request) for request in padded]
+            edits = editor(pictures, prompts, noise, group, names)
+            for request, own, edit in zip(part, pictures, edits, strict=False):
                 result = Image.fromarray(np.uint8(np.rint(edit * 255)))
                 _write(result, request.out)
                 if side_by_side:
-                    _write(_beside(picture, result), request.out.with_stem(f"{request.out.stem}_side_by_side"))
+                    _write(_beside([*own, result]), request.out.with_stem(f"{request.out.stem}_side_by_side"))
             progress(len(part))
 
 
-def _beside(picture: Image.Image, edit: Image.Image) -> Image.Image:
-    """The picture, scaled to the edit's height, and the edit."""
-    width = max(1, round(picture.width * edit.height / picture.height))
-    both = Image.new("RGB", (width + edit.width, edit.height))
-    both.paste(picture.resize((width, edit.height), Image.Resampling.LANCZOS), (0, 0))
-    both.paste(edit, (width, 0))
-    return both
+def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """All pictures in a row, scaled to the height of the last."""
+    height = pictures[-1].height
+    scaled = [
+        p.resize((max(1, round(p.width * height / p.height)), height), Image.Resampling.LANCZOS) for p in pictures
+    ]
+    row, left = Image.new("RGB", (sum(picture.width for picture in scaled), height)), 0
+    for picture in scaled:
+        row.paste(picture, (left, 0))
+        left += picture.width
+    return row
 
 
 def _write(picture: Image.Image, path: Path) -> None:

@@ -1,7 +1,8 @@
 """A model, a LoRA and the embeddings of the instructions, ready to edit."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,56 +10,88 @@ import jax
 import jax.numpy as jnp
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import lora, lora_files
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.inference.edit import EditOptions
+from cocoedit_jax.models import flux, kontext, lora, lora_files, orbax_weights, qwen, qwen_edit
+from cocoedit_jax.models.editor import Editor, Size
 from cocoedit_jax.models.hub import resolve_model
-from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh, replicated
 from cocoedit_jax.sharding.rules import sharded_shapes
 
+# Class of the transformer in diffusers -> module that builds its editor and loads its parameters.
+MODELS = {flux.CLASS_NAME: "flux", qwen.CLASS_NAME: "qwen"}
+
+
+def model_kind(folder: Path) -> str:
+    """``flux`` or ``qwen``. Raises UserError for a folder that holds neither."""
+    name = orbax_weights.read_config(folder / "transformer").get("_class_name")
+    if name not in MODELS:
+        raise UserError(f"{folder / 'transformer'}: _class_name={name!r}; expected one of {sorted(MODELS)}")
+    return MODELS[name]
+
 
 def load_for_editing(
     model: str,
-    encode: Callable[[Path], PrecomputedText],
+    encode: Callable[[Path, str], PrecomputedText],
+    options: EditOptions,
+    pictures: Sequence[Sequence[Size]],
     *,
     lora_path: str | None = None,
     lora_scale: float = 1.0,
+    lora_alpha: float | None = None,
     dtype: str = "bfloat16",
     guidance: float = 2.5,
     vae_tile: int | None = None,
-    size: tuple[int, int] | None = None,
-) -> tuple[KontextEditor, Any, Any]:
+) -> tuple[Editor, Any, Any]:
     """The editor, its parameters over all devices, and the folded adapter (None without ``lora_path``).
 
     What can be refused is refused before the weights are read.
 
     Args:
         model: folder, or repository in the Hugging Face cache.
-        encode: from the model's folder to the embeddings of all instructions; called before the transformer is loaded,
-            so that the encoders need not be in memory beside it.
+        encode: from the model's folder and kind (``model_kind``) to the embeddings of all instructions; called before
+            the transformer is loaded, so that the encoders need not be in memory beside it.
+        options: how the edits will be made.
+        pictures: (height, width) of every edit's pictures.
         lora_path: file or folder in any format that ``lora_files`` reads.
         lora_scale: strength of the LoRA; 1: as trained.
-        size: (height, width) of the edits, to be checked.
+        lora_alpha: alpha of the LoRA, instead of what its file says or leaves out.
+        guidance: embedded guidance scale, for models that have one.
 
     Raises:
         UserError: a model, LoRA or size that cannot be used.
     """
     folder = resolve_model(model)
-    nothing = PrecomputedText.of({})
-    editor = build_kontext(folder, nothing, dtype=jnp.dtype(dtype), guidance=guidance, vae_tile=vae_tile)
-    if size is not None:
-        try:
-            editor.grid(*size)
-        except ValueError as error:
-            raise UserError(f"--size={size[1]}x{size[0]}: {error}") from error
-    file = None if lora_path is None else lora_files.read_lora(Path(lora_path))
+    kind = model_kind(folder)
+    build = kontext.build_kontext if kind == "flux" else qwen_edit.build_qwen_edit
+    embedded = {"guidance": guidance} if kind == "flux" else {}
+    editor: Editor = build(folder, PrecomputedText.of({}), dtype=jnp.dtype(dtype), vae_tile=vae_tile, **embedded)
+    sizes = _check(editor, kind, options, pictures)
+    if isinstance(editor, qwen_edit.QwenEditor):
+        editor = qwen_edit.with_modulation_at(editor, [editor.sigmas(options.steps, editor.grid(*s)) for s in sizes])
+    file = None if lora_path is None else lora_files.read_lora(Path(lora_path), alpha=lora_alpha)
     # Text comes first: JAX takes most of a GPU's memory when it starts.
-    editor = dataclasses.replace(editor, text=encode(folder))
+    editor = dataclasses.replace(editor, text=encode(folder, kind))
     mesh = make_mesh({"fsdp": -1})
-    abstract, adapter = sharded_shapes(editor.abstract(), mesh), None
+    place, adapter = partial(sharded_shapes, mesh=mesh), None
     if file is not None:
-        tree, config = lora_files.stack_layers(file, abstract["transformer"])
+        tree, config = lora_files.stack_layers(file, place(editor.abstract())["transformer"])
         config = dataclasses.replace(config, alpha=config.alpha * lora_scale)
         adapter = jax.device_put(lora.fold_scale(tree, config), replicated(mesh))
-    return editor, load_params(folder, abstract), adapter
+    load = kontext.load_params if kind == "flux" else qwen_edit.load_params
+    return editor, load(folder, editor, place), adapter  # pyright: ignore[reportArgumentType] - the two go together
+
+
+def _check(editor: Editor, kind: str, options: EditOptions, pictures: Sequence[Sequence[Size]]) -> set[Size]:
+    """The sizes of all edits. Raises UserError for what this editor cannot do."""
+    if options.size is not None:
+        try:
+            editor.grid(*options.size)
+        except ValueError as error:
+            raise UserError(f"--size={options.size[1]}x{options.size[0]}: {error}") from error
+    most = max((len(own) for own in pictures), default=0)
+    if most > editor.max_sources:
+        raise UserError(f"{most} pictures for one edit; expected at most {editor.max_sources} for this model")
+    if options.true_cfg > 1 and editor.guidance is not None:
+        raise UserError(f"--true_cfg={options.true_cfg:g}: this model embeds its guidance; expected 1, and --guidance")
+    return {options.sizes(editor, own)[0] for own in pictures}

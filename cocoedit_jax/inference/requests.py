@@ -15,9 +15,9 @@ SOURCE_SIZES = ("preferred", "target", "own")  # see ``EditOptions.source``
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One edit: picture, instruction, where the result goes, and the seed of its noise."""
+    """One edit: pictures, instruction, where the result goes, and the seed of its noise."""
 
-    image: Path
+    images: tuple[Path, ...]
     prompt: str
     out: Path
     seed: int = 0
@@ -26,8 +26,8 @@ class EditRequest:
 def read_requests(path: Path, out: Path, seed: int) -> list[EditRequest]:
     """Requests of a JSONL file, one object per line: ``image`` and ``prompt``, optionally ``out`` and ``seed``.
 
-    Pictures are relative to the file's folder, results to the folder ``out``; a line without ``out`` is written to
-    ``NNNNNN.png``, its line number.
+    ``image`` may be a list, for models that take several. Pictures are relative to the file's folder, results to the
+    folder ``out``; a line without ``out`` is written to ``NNNNNN.png``, its line number.
 
     Raises:
         UserError: naming every line that cannot be used.
@@ -55,8 +55,10 @@ def _parse(row: Any, root: Path, out: Path, number: int, seed: int) -> EditReque
         raise ValueError(f"a JSON {type(row).__name__}, expected an object")
     if unknown := sorted(set(row) - {"image", "prompt", "out", "seed"}):
         raise ValueError(f"unknown field {unknown[0]!r}; expected image, prompt, out, seed")
-    for name in ("image", "prompt"):
-        if not isinstance(row.get(name), str) or not row[name].strip():
+    images = row.get("image")
+    images = images if isinstance(images, list) else [images]
+    for name, values in (("prompt", [row.get("prompt")]), ("image", images or [None])):
+        if not all(isinstance(value, str) and value.strip() for value in values):
             raise ValueError(f"{name} is {row.get(name)!r}; expected a non-empty string")
     own = row.get("seed", seed)
     if not isinstance(own, int) or isinstance(own, bool):
@@ -64,7 +66,7 @@ def _parse(row: Any, root: Path, out: Path, number: int, seed: int) -> EditReque
     name = row.get("out", f"{number:06d}.png")
     if not isinstance(name, str) or not (out / name).resolve().is_relative_to(out.resolve()):
         raise ValueError(f"out is {name!r}; expected a file name below --out")
-    return EditRequest(root / row["image"], row["prompt"], out / name, own)
+    return EditRequest(tuple(root / name for name in images), row["prompt"], out / name, own)
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -78,16 +80,17 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
-def check_pictures(requests: Sequence[EditRequest]) -> list[tuple[int, int]]:
-    """(height, width) of every picture, upright. Raises UserError naming all that cannot be read or written."""
+def check_pictures(requests: Sequence[EditRequest]) -> list[tuple[tuple[int, int], ...]]:
+    """(height, width) of every request's pictures, upright. Raises UserError naming those that cannot be read or
+    written."""
     sizes, faults = [], []
     writable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
     for request in requests:
         if request.out.suffix.lower() not in writable:
             faults.append(f"{request.out}: no picture format that can be written; expected a name such as out.png")
         try:
-            picture = open_picture(request.image)
-            sizes.append((picture.height, picture.width))
+            pictures = [open_picture(image) for image in request.images]
+            sizes.append(tuple((picture.height, picture.width) for picture in pictures))
         except UserError as error:
             faults.append(str(error))
     if faults:

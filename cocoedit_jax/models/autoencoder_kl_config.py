@@ -1,11 +1,10 @@
 """Shape of FLUX's autoencoder, read from diffusers' ``vae/config.json`` and checked."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.config_checks import is_count, is_number, read_values, refuse
 
 CLASS_NAME = "AutoencoderKL"
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -68,26 +67,10 @@ class AutoencoderKLConfig:
         Raises:
             UserError: naming every unknown key and every value that is not implemented.
         """
-        given = {k: v for k, v in raw.items() if not k.startswith("_") and k not in _IGNORED}
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in DIFFUSERS_DEFAULTS}
-        values: dict[str, Any] = DIFFUSERS_DEFAULTS | known
-        problems = _problems(values)
-        if raw.get("_class_name", CLASS_NAME) != CLASS_NAME:
-            problems.append(f"_class_name={raw['_class_name']!r}; expected {CLASS_NAME!r}")
-        problems += [f"{k}={given[k]!r}; unknown key" for k in given if k not in DIFFUSERS_DEFAULTS]
-        refuse(source, problems)
+        values = read_values(
+            raw, source, class_name=CLASS_NAME, defaults=DIFFUSERS_DEFAULTS, ignored=_IGNORED, problems_of=_problems
+        )
         return cls(**values)
-
-
-def refuse(source: str, problems: list[str]) -> None:
-    """Raises UserError with all ``problems`` of ``source``, if there are any."""
-    if problems:
-        raise UserError(f"{source}: {len(problems)} value(s) cannot be used:\n  " + "\n  ".join(problems))
-
-
-def is_count(value: Any) -> bool:
-    """Whether ``value`` is a whole number, at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _problems(values: Mapping[str, Any]) -> list[str]:
@@ -98,9 +81,6 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
         if not ok:
             out.append(f"{name}={values[name]!r}; expected {expected}")
 
-    def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
     for name in ("layers_per_block", "latent_channels", "norm_num_groups"):
         check(name, is_count(values[name]), "a whole number, at least 1")
     for name in ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"):
@@ -110,8 +90,8 @@ def _problems(values: Mapping[str, Any]) -> list[str]:
     check("act_fn", values["act_fn"] == "silu", "'silu'")
     for name in ("latents_mean", "latents_std"):
         check(name, values[name] is None, "null (latents are scaled by scaling_factor and shift_factor)")
-    check("scaling_factor", number(values["scaling_factor"]) and values["scaling_factor"] != 0, "a number but 0")
-    check("shift_factor", values["shift_factor"] is None or number(values["shift_factor"]), "a number or null")
+    check("scaling_factor", is_number(values["scaling_factor"]) and values["scaling_factor"] != 0, "a number but 0")
+    check("shift_factor", values["shift_factor"] is None or is_number(values["shift_factor"]), "a number or null")
     channels, groups = values["block_out_channels"], values["norm_num_groups"]
     if not (isinstance(channels, tuple) and channels and all(is_count(c) for c in channels)):
         check("block_out_channels", False, "a tuple (in JSON a list) of whole numbers, at least 1")

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import flux, orbax_weights
+from cocoedit_jax.models import flux, orbax_weights, qwen
 from cocoedit_jax.models.hub import download_hint, resolve_model
 from cocoedit_jax.models.sharded_weights import STORED, save_sharded, unstacked
 from cocoedit_jax.reporting.telemetry import write_json
@@ -25,6 +25,7 @@ PIPELINE = "model_index.json"
 # diffusers' class -> shapes of its parameters, from its config.json.
 _ABSTRACT: dict[str, Callable[[dict[str, Any]], Any]] = {
     flux.CLASS_NAME: lambda raw: flux.abstract_params(flux.FluxConfig.from_diffusers(raw)),
+    qwen.CLASS_NAME: lambda raw: qwen.abstract_params(qwen.QwenConfig.from_diffusers(raw)),
 }
 
 

@@ -1,41 +1,40 @@
 """The editor: all that training and inference see of a model. It hides which model it is.
 
-    conditioning = editor.encode(params, images, editor.text_inputs(prompts))  # once per distinct record
-    v = editor.velocity(params, adapter, x_t, t, conditioning)                 # adapter=None: the reference policy
+    conditioning = editor.encode(params, images, editor.text_inputs(instructions))  # once per distinct record
+    v = editor.velocity(params, adapter, x_t, t, conditioning, grid)                # adapter=None: the reference policy
     images = editor.decode(params, x0, grid)
 
-Parameters are held outside: ``params = {"transformer": ..., "text": ..., "autoencoder": ...}``.
+Parameters are held outside: ``params = {"transformer": ..., "text": ..., "autoencoder": ...}``, and for a model whose
+modulation was computed beforehand ``"modulation"``.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cocoedit_jax.flow.packing import pack, position_ids, unpack
+from cocoedit_jax.flow.packing import pack, unpack
 from cocoedit_jax.flow.schedule import flow_match_sigmas
 from cocoedit_jax.models.autoencoder import Autoencoder
-from cocoedit_jax.models.flux import FluxTransformer
-from cocoedit_jax.models.layers import LORA
-from cocoedit_jax.models.text import TextSide
+from cocoedit_jax.models.layers import LORA, MODULATION
+from cocoedit_jax.models.text import Instruction, TextSide, TextStates
 
 Array = jax.Array
 Params = Any
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 @flax.struct.dataclass
 class Conditioning:
     """What the velocity is conditioned on; every leaf leads with the sample axis B."""
 
-    source: Array  # packed latents of the source image [B, S_src, C p^2]
-    text: Array  # encoder states [B, S_txt, D_txt]
-    pooled: Array  # pooled text [B, D_pool]
-    guidance: Array  # embedded guidance scale [B]
+    source: Array  # packed latents of the source images, one after another [B, S_src, C p^2]
+    text: TextStates
+    guidance: Array | None = None  # embedded guidance scale [B]
 
     def take(self, index: Array) -> "Conditioning":
         """The rows ``index`` of every leaf."""
@@ -59,33 +58,70 @@ class Grid:
         return self.token_shape[0] * self.token_shape[1]
 
 
+class TransformerShape(Protocol):
+    """What FLOP formulas and plans ask of a transformer's configuration."""
+
+    @property
+    def hidden(self) -> int: ...
+
+    @property
+    def mlp_hidden(self) -> int: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def joint_attention_dim(self) -> int:
+        """Width of the text states."""
+        ...
+
+    @property
+    def pooled_features(self) -> int | None:
+        """Width of the pooled text vector, None where the model takes none."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
-class KontextEditor:
-    """FLUX.1 Kontext conditioning: source tokens are appended to the target's, text ids are zero (diffusers'
-    FluxKontextPipeline). The transformer is the same class at every size.
+class Editor:
+    """The parts that editors share; a model's own class adds ``_apply``.
 
     Attributes:
-        transformer: the velocity network.
+        transformer: the velocity network: a linen module with ``config`` (a ``TransformerShape``), ``dtype`` and
+            ``init_params(key)``.
         autoencoder: pixels <-> latents.
-        text: prompt -> states and pooled vector.
-        patch: latent cells per token side (2 for FLUX).
-        guidance: embedded guidance scale; ignored by models without guidance embedding.
+        text: instruction -> states.
+        patch: latent cells per token side.
+        guidance: embedded guidance scale; None for models without one.
         schedule: keyword arguments of ``flow_match_sigmas``.
     """
 
-    transformer: FluxTransformer
+    transformer: Any
     autoencoder: Autoencoder
     text: TextSide
     patch: int = 2
-    guidance: float = 2.5
+    guidance: float | None = None
     schedule: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def unit(self) -> int:
+        """Pixels per token side: what image sizes must be multiples of."""
+        return self.autoencoder.factor * self.patch
 
     def grid(self, height: int, width: int) -> Grid:
         """Latent grid of a ``height`` x ``width`` pixel image. Raises ValueError when the size does not divide."""
-        unit = self.autoencoder.factor * self.patch
-        if height % unit or width % unit:
-            raise ValueError(f"image size {height}x{width} px: both sides must be multiples of {unit}")
+        if height % self.unit or width % self.unit:
+            raise ValueError(f"image size {height}x{width} px: both sides must be multiples of {self.unit}")
         return Grid(height // self.autoencoder.factor, width // self.autoencoder.factor, self.patch)
+
+    max_sources = 1  # pictures that one edit may start from
+
+    def edit_size(self, pictures: Sequence[Size]) -> Size:
+        """Size of an edit of ``pictures`` where none is asked for, as the model's pipeline in diffusers chooses it."""
+        raise NotImplementedError
+
+    def source_size(self, picture: Size) -> Size:
+        """Size at which the model sees a picture where none is asked for."""
+        raise NotImplementedError
 
     @property
     def token_channels(self) -> int:
@@ -95,16 +131,24 @@ class KontextEditor:
         """Sampler sigmas ``[num_steps + 1]``, from 1 to 0, shifted for the number of target tokens."""
         return flow_match_sigmas(num_steps, grid.tokens, **dict(self.schedule))
 
-    def text_inputs(self, prompts: Sequence[str]) -> Any:
-        """What ``encode`` needs of ``prompts``: host arrays that lead with B. Raises ValueError for an unusable one."""
-        return self.text.inputs(prompts)
+    def check_sigmas(self, sigmas: np.ndarray) -> None:
+        """Raises ValueError for sigmas at which ``velocity`` cannot be had; most models take any."""
 
-    def encode(self, params: Params, images: Array, text_inputs: Any) -> Conditioning:
-        """Conditioning of ``images`` ``[B, H, W, 3]`` in [0, 1] and the ``text_inputs`` of their prompts."""
-        text, pooled = self.text.encode(params["text"], text_inputs)
-        latents = self.autoencoder.encode(params["autoencoder"], images)
-        guidance = jnp.full((images.shape[0],), self.guidance, jnp.float32)
-        return Conditioning(source=pack(latents, self.patch), text=text, pooled=pooled, guidance=guidance)
+    def text_inputs(self, instructions: Sequence[Instruction]) -> Any:
+        """What ``encode`` needs of ``instructions``: host arrays that lead with B. Raises ValueError for one that is
+        not usable."""
+        return self.text.inputs(instructions)
+
+    def encode(self, params: Params, images: Array | Sequence[Array], text_inputs: Any) -> Conditioning:
+        """Conditioning of ``images`` ``[B, H, W, 3]`` in [0, 1] and the ``text_inputs`` of their instructions.
+
+        Several images per sample (inference) are a sequence of such arrays, whose sizes may differ.
+        """
+        pictures = images if isinstance(images, list | tuple) else [images]
+        latents = [pack(self.autoencoder.encode(params["autoencoder"], picture), self.patch) for picture in pictures]
+        guidance = None if self.guidance is None else jnp.full((len(latents[0]),), self.guidance, jnp.float32)
+        text = self.text.encode(params["text"], text_inputs)
+        return Conditioning(source=jnp.concatenate(latents, axis=1), text=text, guidance=guidance)
 
     def velocity(
         self,
@@ -114,30 +158,29 @@ class KontextEditor:
         t: Array,
         conditioning: Conditioning,
         grid: Grid,
-        source_grid: Grid | None = None,
+        source_grids: Sequence[Grid] | None = None,
     ) -> Array:
         """Velocity ``noise - x0`` of packed latents ``x_t`` ``[B, S, C p^2]`` at sigma ``t`` ``[B]``, float32.
 
         Args:
             adapter: a ``lora`` collection with its scale folded in (``lora.fold_scale``), or None for the base model.
             grid: of the target.
-            source_grid: of the source image, where it has another size (inference); None = ``grid``.
+            source_grids: of the source images, where there are several or of another size (inference); None: one, of
+                the target's ``grid``.
         """
         variables = {"params": params["transformer"]}
+        if MODULATION in params:
+            variables[MODULATION] = params[MODULATION]
         if adapter is not None:
             variables[LORA] = adapter
-        # Kontext: the target has index 0, the source image index 1, and both count rows and columns from zero.
-        ids = self._ids(grid, source_grid or grid, conditioning.text.shape[1])
         hidden = jnp.concatenate([x_t, conditioning.source.astype(x_t.dtype)], axis=1)
-        velocity: Any = self.transformer.apply(
-            variables, hidden, conditioning.text, conditioning.pooled, t, conditioning.guidance, ids, grid.tokens
-        )
-        return velocity
+        return self._apply(variables, hidden, t, conditioning, (grid, *(source_grids or (grid,))))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - editors live as long as the program
-    def _ids(self, grid: Grid, source_grid: Grid, num_text: int) -> np.ndarray:
-        image_ids = [position_ids(*g.token_shape, index) for index, g in enumerate((grid, source_grid))]
-        return np.concatenate([np.zeros((num_text, 3), np.int32), *image_ids])
+    def _apply(
+        self, variables: Any, hidden: Array, t: Array, conditioning: Conditioning, grids: tuple[Grid, ...]
+    ) -> Array:
+        """The transformer on tokens of images of ``grids``, target first; velocity of the target's."""
+        raise NotImplementedError
 
     def decode(self, params: Params, x0: Array, grid: Grid) -> Array:
         """Images ``[B, H, W, 3]`` in [0, 1] of packed latents ``x0``."""
@@ -150,20 +193,8 @@ class KontextEditor:
     def init(self, key: Array) -> Params:
         """Freshly initialised parameters, with logical axis names boxed into every leaf (``flax.linen.unbox``)."""
         text_key, transformer_key, autoencoder_key = jax.random.split(key, 3)
-        shape, grid = self.transformer.config, Grid(self.patch, self.patch, self.patch)
-        one = jnp.zeros((1,))
-        transformer = self.transformer.init(
-            transformer_key,
-            jnp.zeros((1, 2, self.token_channels)),  # a target and a source token
-            jnp.zeros((1, 1, shape.joint_attention_dim)),
-            jnp.zeros((1, shape.pooled_projection_dim)),
-            one,
-            one,
-            self._ids(grid, grid, 1),
-            1,
-        )
         return {
-            "transformer": transformer["params"],
+            "transformer": self.transformer.init_params(transformer_key),
             "text": self.text.init(text_key),
             "autoencoder": self.autoencoder.init(autoencoder_key),
         }

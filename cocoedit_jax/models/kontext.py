@@ -1,19 +1,26 @@
 """FLUX.1 Kontext from a model folder in diffusers' layout: the editor, its frozen parameters, picture sizes."""
 
-import json
+import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cocoedit_jax.errors import UserError
+from cocoedit_jax.flow.packing import position_ids
 from cocoedit_jax.models import orbax_weights
 from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid, Params, Size
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.pipeline import check_channels, read_part, read_schedule
 from cocoedit_jax.models.text import TextSide
+
+Array = jax.Array
 
 # (height, width) in pixels, about one megapixel each, that FLUX.1 Kontext was trained on (model card).
 PREFERRED_SIZES = tuple(
@@ -25,14 +32,6 @@ PREFERRED_SIZES = tuple(
     )
 )  # fmt: skip
 MAX_AREA = 1024**2  # pixels of an edit whose size is not given
-# diffusers' scheduler field -> argument of ``flow.schedule.flow_match_sigmas``.
-_SCHEDULE = {
-    "base_shift": "base_shift",
-    "max_shift": "max_shift",
-    "base_image_seq_len": "base_seq_len",
-    "max_image_seq_len": "max_seq_len",
-    "shift_terminal": "shift_terminal",
-}
 
 
 def preferred_size(height: int, width: int, unit: int = 16) -> tuple[int, int]:
@@ -50,29 +49,36 @@ def fitted_size(height: int, width: int, unit: int, max_area: int = MAX_AREA) ->
     return sides[0] // unit * unit, sides[1] // unit * unit
 
 
-def read_schedule(folder: Path) -> tuple[tuple[str, Any], ...]:
-    """Arguments of the sigma schedule from ``scheduler/scheduler_config.json``.
-
-    Raises:
-        UserError: the file is missing, or asks for a schedule other than the dynamically shifted one.
+@dataclasses.dataclass(frozen=True)
+class KontextEditor(Editor):
+    """FLUX.1 Kontext conditioning: source tokens are appended to the target's, text ids are zero (diffusers'
+    FluxKontextPipeline). The transformer is the same class at every size.
     """
-    path = folder / "scheduler" / "scheduler_config.json"
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}); expected the scheduler's configuration, as JSON") from error
-    wanted = {"use_dynamic_shifting": True, "time_shift_type": "exponential", "invert_sigmas": False}
-    wanted |= {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
-    problems = [
-        f"{key} is {config[key]!r}; expected {value!r}"
-        for key, value in wanted.items()
-        if key in config and bool(config[key] != value)
-    ]
-    if not config.get("use_dynamic_shifting", False):
-        problems.append("use_dynamic_shifting is absent or false; expected true")
-    if problems:
-        raise UserError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
-    return tuple((ours, config[theirs]) for theirs, ours in _SCHEDULE.items() if config.get(theirs) is not None)
+
+    transformer: FluxTransformer
+    guidance: float | None = 2.5
+
+    def edit_size(self, pictures: Sequence[Size]) -> Size:
+        return fitted_size(*pictures[0], self.unit)
+
+    def source_size(self, picture: Size) -> Size:
+        return preferred_size(*picture, self.unit)
+
+    def _apply(
+        self, variables: Any, hidden: Array, t: Array, conditioning: Conditioning, grids: tuple[Grid, ...]
+    ) -> Array:
+        text = conditioning.text
+        ids = self._ids(grids, text.states.shape[1])
+        velocity: Any = self.transformer.apply(
+            variables, hidden, text.states, text.pooled, t, conditioning.guidance, ids, grids[0].tokens
+        )
+        return velocity
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - editors live as long as the program
+    def _ids(self, grids: tuple[Grid, ...], num_text: int) -> np.ndarray:
+        # The target has index 0, the source image index 1, and both count rows and columns from zero.
+        image_ids = [position_ids(*grid.token_shape, index) for index, grid in enumerate(grids)]
+        return np.concatenate([np.zeros((num_text, 3), np.int32), *image_ids])
 
 
 def build_kontext(
@@ -101,12 +107,8 @@ def build_kontext(
     Raises:
         UserError: a configuration file is missing or asks for something that is not implemented.
     """
-    paths = {name: folder / name for name in ("transformer", "vae")}
-    try:
-        shape = FluxConfig.from_diffusers(orbax_weights.read_config(paths["transformer"]))
-    except UserError as error:
-        raise UserError(f"{paths['transformer']}: {error}") from error
-    vae = AutoencoderKLConfig.from_dict(orbax_weights.read_config(paths["vae"]), str(paths["vae"]))
+    shape = read_part(folder, "transformer", FluxConfig.from_diffusers)
+    vae = AutoencoderKLConfig.from_dict(orbax_weights.read_config(folder / "vae"), str(folder / "vae"))
     editor = KontextEditor(
         transformer=FluxTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
         # Its one head of 512 features is beyond what most attention kernels take: it chooses for itself.
@@ -115,24 +117,21 @@ def build_kontext(
         guidance=guidance,
         schedule=read_schedule(folder),
     )
-    if editor.token_channels != shape.in_channels:
-        raise UserError(
-            f"{paths['vae']}: {vae.latent_channels} latent channels pack to {editor.token_channels} per token; "
-            f"{paths['transformer']} expects in_channels={shape.in_channels}"
-        )
+    check_channels(editor, folder, shape.in_channels)
     return editor
 
 
-def load_params(folder: Path, abstract: Any) -> Any:
-    """The frozen parameters, read straight into arrays placed as ``abstract`` says.
+def load_params(folder: Path, editor: KontextEditor, place: Callable[[Any], Any]) -> Params:
+    """The frozen parameters, read straight into arrays.
 
     Args:
         folder: the model's.
-        abstract: shapes with shardings: ``sharding.rules.sharded_shapes`` of ``editor.abstract()``.
+        place: boxed shapes to shapes with shardings: ``sharding.rules.sharded_shapes`` on some mesh.
 
     Raises:
         UserError: files or tensors that are missing or do not fit, all together.
     """
+    abstract = place(editor.abstract())
     return {
         "transformer": orbax_weights.load_params(folder / "transformer", abstract["transformer"]),
         "autoencoder": orbax_weights.load_params(folder / "vae", abstract["autoencoder"]),

@@ -20,6 +20,7 @@ Array = jax.Array
 Dtype = Any
 
 LORA = "lora"
+MODULATION = "modulation"  # tables of modulation vectors, computed beforehand for the timesteps that are used
 
 
 def partitioned(init: Any, axes: tuple[str | None, ...]) -> Any:
@@ -32,28 +33,17 @@ class Linear(nn.Module):
 
     features: int
     axes: tuple[str | None, str | None]
-    use_bias: bool = True
     dtype: Dtype = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param(
-            "kernel",
-            partitioned(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
-            self.dtype,
-        )
+        kernel_init = partitioned(self.kernel_init, self.axes)
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.dtype)
+        bias_init = partitioned(nn.initializers.zeros, (self.axes[1],))
+        bias = self.param("bias", bias_init, (self.features,), self.dtype)
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
-        if self.use_bias:
-            bias = self.param(
-                "bias",
-                partitioned(nn.initializers.zeros, (self.axes[1],)),
-                (self.features,),
-                self.dtype,
-            )
-            y = y + bias.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         if self.has_variable(LORA, "lora_A"):
             lora_a = self.get_variable(LORA, "lora_A").astype(self.dtype)
             lora_b = self.get_variable(LORA, "lora_B").astype(self.dtype)
@@ -84,32 +74,35 @@ def layer_norm(x: Array, eps: float = 1e-6) -> Array:
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """``x (1 + scale) + shift`` for tokens ``[B, S, D]`` and per-sample ``shift``, ``scale`` ``[B, D]``."""
-    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+    """``x (1 + scale) + shift`` for tokens ``[B, S, D]``; ``shift``, ``scale`` ``[B, 1, D]`` or per token."""
+    return x * (1 + scale) + shift
 
 
-class Modulation(nn.Module):
-    """``num_chunks`` modulation vectors ``[B, D]`` from the conditioning vector: ``split(Linear(SiLU(temb)))``."""
+class Modulation(Linear):
+    """``num_chunks`` modulation vectors ``[B, 1, D]`` from the conditioning vector: ``split(Linear(SiLU(temb)))``.
 
-    num_chunks: int
-    features: int
-    dtype: Dtype = jnp.float32
+    Where the timestep alone decides ``temb``, they may be computed beforehand: with a table ``[rows, num_chunks D]`` in
+    the ``modulation`` collection there is no kernel, and ``temb`` is the row of every sample, an integer ``[B]``.
+    """
+
+    axes: tuple[str | None, str | None] = ("embed", "modulation")
+    # Zero start (AdaLN-Zero): every block is the identity before training.
+    kernel_init: Any = nn.initializers.zeros
+    num_chunks: int = 6
 
     @nn.compact
     def __call__(self, temb: Array) -> list[Array]:
-        # Zero start (AdaLN-Zero): every block is the identity before training.
-        out = Linear(
-            self.num_chunks * self.features,
-            ("embed", "modulation"),
-            dtype=self.dtype,
-            kernel_init=nn.initializers.zeros,
-            name="linear",
-        )(nn.silu(temb))
-        return jnp.split(out, self.num_chunks, axis=-1)
+        if self.has_variable(MODULATION, "table"):
+            out = self.get_variable(MODULATION, "table")[temb].astype(self.dtype)
+        else:
+            out = super().__call__(nn.silu(temb))
+        return jnp.split(out[:, None], self.num_chunks, axis=-1)
 
 
-def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10_000.0) -> Array:
-    """Sinusoidal features ``[B, dim]`` of a scalar ``[B]``, cosines first, always in float32.
+def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10_000.0, scale: float = 1.0) -> Array:
+    """Sinusoidal features ``[B, dim]`` of ``scale`` times a scalar ``[B]``, cosines first, always in float32.
+
+    The scale multiplies the angles, not ``t``: at float32 the order of the two roundings shows.
 
     float32 because bf16 has 8 significant bits: t * 1000 would collapse neighbouring timesteps onto one another.
     """
@@ -117,7 +110,7 @@ def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10_000.0) -> Ar
     # The exponent is rounded to float32 where these models were trained; at angles of 1000 rad the rounding shows.
     exponent = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
     frequencies = jnp.asarray(np.exp(exponent.astype(np.float64)), jnp.float32)
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    angles = scale * (t.astype(jnp.float32)[:, None] * frequencies[None, :])
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -146,7 +139,7 @@ class FeedForward(nn.Module):
         return Linear(self.features, ("mlp", "embed"), dtype=self.dtype, name="net.2")(nn.gelu(h, approximate=True))
 
 
-def rope_table(ids: np.ndarray, axes_dims: tuple[int, ...], theta: float) -> tuple[np.ndarray, np.ndarray]:
+def rope_table(ids: np.ndarray, axes_dims: tuple[int, ...], theta: float) -> tuple[Array, Array]:
     """Rotary cosines and sines, ``[S, sum(axes_dims) / 2]`` each, of integer positions ``ids`` ``[S, axes]``.
 
     Computed on the host in float64 (positions are static), returned as float32.
@@ -157,7 +150,7 @@ def rope_table(ids: np.ndarray, axes_dims: tuple[int, ...], theta: float) -> tup
         for i, dim in enumerate(axes_dims)
     ]
     table = np.concatenate(angles, axis=-1)
-    return np.cos(table).astype(np.float32), np.sin(table).astype(np.float32)
+    return jnp.asarray(np.cos(table), jnp.float32), jnp.asarray(np.sin(table), jnp.float32)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
@@ -173,7 +166,8 @@ class JointAttention(nn.Module):
     """Self-attention over one stream, or over [text, image] with separate projections for the text stream.
 
     With ``context=None`` (FLUX single blocks) there is one set of projections and no output projection; otherwise the
-    text stream has its own ``add_*`` projections and both outputs are projected (MMDiT double blocks).
+    text stream has its own ``add_*`` projections and both outputs are projected (MMDiT double blocks). ``key_mask``,
+    bool over [text, image], is False for keys that none attends to.
     """
 
     num_heads: int
@@ -192,7 +186,9 @@ class JointAttention(nn.Module):
         return RMSNorm(dtype=self.dtype, name=norms[0])(q), RMSNorm(dtype=self.dtype, name=norms[1])(k), v
 
     @nn.compact
-    def __call__(self, x: Array, context: Array | None, rope: tuple[Array, Array]) -> tuple[Array, Array | None]:
+    def __call__(
+        self, x: Array, context: Array | None, rope: tuple[Array, Array], key_mask: Array | None = None
+    ) -> tuple[Array, Array | None]:
         features = self.num_heads * self.head_dim
         q, k, v = self._project(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         if context is not None:
@@ -200,7 +196,7 @@ class JointAttention(nn.Module):
                 context, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             )
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((cq, q), (ck, k), (cv, v)))
-        out = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, backend=self.backend)
+        out = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, key_mask=key_mask, backend=self.backend)
         out = out.reshape(*out.shape[:2], features)
         if context is None:
             return out, None

@@ -122,7 +122,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error}); expected the model's configuration, as JSON") from error
 
 
-def load_orbax(folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None) -> dict[str, Any]:
+def load_orbax(
+    folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None, skip: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Parameters that ``save_orbax`` wrote; arguments and result as those of ``sharded_weights.load_sharded``.
 
     The mesh they were saved from does not matter.
@@ -142,7 +144,8 @@ def load_orbax(folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None) 
             found = weights.flatten(metadata.item_metadata.tree)
         except Exception as error:  # of many kinds, and None where the arrays' metadata cannot be read
             raise UserError(f"{path}: not a readable Orbax checkpoint ({error})") from error
-        specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in parts.items()}
+        known = parts | weights.flatten(unstacked(jax.tree.map(_shape, skip or {})))
+        specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in known.items()}
         problems = weights.misfits(specs, {".".join(p): tuple(x.shape) for p, x in found.items()})
         stored = ((home[0], np.dtype(found[part].dtype)) for part, home in homes.items() if part in found)
         dtypes, mixed = leaf_dtypes(flat, dtype, stored)
@@ -155,7 +158,7 @@ def load_orbax(folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None) 
                 for part in batch:
                     yield *homes[part], restored.pop(part), sizes[part]
 
-        total = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in found.values())
+        total = sum(math.prod(found[p].shape) * np.dtype(found[p].dtype).itemsize for p in parts)
         return assemble(flat, dtypes, arrivals(), total, folder.name)
 
 
@@ -187,15 +190,18 @@ def _restore(checkpointer: ocp.Checkpointer, path: Path, parts: Mapping[tuple[st
     return weights.flatten(restored)
 
 
-def load_params(source: Path, abstract: Mapping[str, Any], *, dtype: Any = None) -> dict[str, Any]:
+def load_params(
+    source: Path, abstract: Mapping[str, Any], *, dtype: Any = None, skip: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Parameters of a component folder in either form, or of a .safetensors file: see ``load_sharded``.
 
     Args:
         source: where the weights are; ``hub.resolve_model`` finds a model's folder, its components are folders in that.
         abstract: nested dict of ShapeDtypeStructs or arrays; their shardings say where the arrays go.
         dtype: of all arrays; None takes that of ``abstract``, ``"stored"`` that of the files.
+        skip: shapes of more parameters, which the source must hold too and which are not read.
 
     Raises:
         UserError: the weights are not there, or do not fit; everything wrong is named together.
     """
-    return (load_orbax if is_orbax(source) else load_sharded)(source, abstract, dtype=dtype)
+    return (load_orbax if is_orbax(source) else load_sharded)(source, abstract, dtype=dtype, skip=skip)

@@ -14,8 +14,8 @@ from flax import linen as nn
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import weights
 from cocoedit_jax.models.autoencoder import IdentityAutoencoder
-from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.kontext import KontextEditor
 from cocoedit_jax.models.text import TableTextEncoder, WordTable, WordTokenizer
 
 CLASS_NAME = "CoCoEditQuickstartEditor"

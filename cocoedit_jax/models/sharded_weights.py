@@ -123,7 +123,12 @@ def leaf_dtypes(
 
 
 def load_sharded(
-    source: Path, abstract: Mapping[str, Any], *, dtype: Any = None, read_ahead: int = READ_AHEAD
+    source: Path,
+    abstract: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    skip: Mapping[str, Any] | None = None,
+    read_ahead: int = READ_AHEAD,
 ) -> dict[str, Any]:
     """Parameters from safetensors files, every array placed as ``abstract`` says.
 
@@ -132,6 +137,7 @@ def load_sharded(
         abstract: nested dict of ShapeDtypeStructs or arrays, without partitioning boxes. Their shardings say where the
             arrays go (NamedSharding or SingleDeviceSharding; none: the first local device).
         dtype: of all arrays; None takes that of ``abstract``, ``"stored"`` that of the files.
+        skip: shapes of more parameters, which the source must hold too and which are not read.
         read_ahead: bytes that may be in memory between being read and being placed.
 
     Returns:
@@ -142,21 +148,42 @@ def load_sharded(
             unexpected, of another shape or of a dtype that is no plain float; pickle files.
     """
     found = safetensors_folder.scan(source)
-    specs, flat = weights.tensor_specs(abstract), weights.flatten(abstract)
-    problems = weights.misfits(specs, {n: t.shape for n, t in found.tensors.items()}, found.lost)
-    stored = ((spec.path, found.tensors[name].dtype) for name, spec in specs.items() if name in found.tensors)
-    dtypes, mixed = leaf_dtypes(flat, dtype, stored)
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    problems = weights.misfits(weights.tensor_specs(abstract) | weights.tensor_specs(skip or {}), shapes, found.lost)
+    _, mixed = _dtypes(found.tensors, abstract, dtype)
     weights.refuse(str(source), found.problems + problems + mixed, "problem(s) with the weights")
+    return load_stored(found.tensors, abstract, dtype=dtype, name=source.name, read_ahead=read_ahead)
 
+
+def _dtypes(
+    tensors: Mapping[str, StoredTensor], abstract: Mapping[str, Any], dtype: Any
+) -> tuple[dict[tuple[str, ...], np.dtype], list[str]]:
+    """``leaf_dtypes`` of the parameters ``abstract``, where ``tensors`` are stored."""
+    specs = weights.tensor_specs(abstract)
+    stored = ((spec.path, tensors[name].dtype) for name, spec in specs.items() if name in tensors)
+    return leaf_dtypes(weights.flatten(abstract), dtype, stored)
+
+
+def load_stored(
+    tensors: Mapping[str, StoredTensor],
+    abstract: Mapping[str, Any],
+    *,
+    name: str,
+    dtype: Any = None,
+    read_ahead: int = READ_AHEAD,
+) -> dict[str, Any]:
+    """As ``load_sharded``, from tensors whose names and shapes are already known to fit; ``name`` is of the source."""
+    specs, flat = weights.tensor_specs(abstract), weights.flatten(abstract)
+    dtypes, _ = _dtypes(tensors, abstract, dtype)
     pieces = []
-    for name, (path, layer, shape) in specs.items():
+    for tensor, (path, layer, shape) in specs.items():
         sharding = sharding_of(flat[path])
         sharding = sharding if layer is None else _drop_layers(sharding)
-        pieces.append(_Piece(found.tensors[name], path, layer, sharding, weights.torch_axes(path[-1], len(shape))))
+        pieces.append(_Piece(tensors[tensor], path, layer, sharding, weights.torch_axes(path[-1], len(shape))))
     # In the order of the files, which is also the same in every process.
     pieces.sort(key=lambda piece: (piece.tensor.file, piece.tensor.offset))
     arrivals = ((piece.path, piece.layer, loaded, piece.nbytes) for piece, loaded in _read_ahead(pieces, read_ahead))
-    return assemble(flat, dtypes, arrivals, sum(piece.nbytes for piece in pieces), source.name)
+    return assemble(flat, dtypes, arrivals, sum(piece.nbytes for piece in pieces), name)
 
 
 def assemble(

@@ -8,7 +8,7 @@ position.
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,44 @@ from cocoedit_jax.models.layers import partitioned
 Array = jax.Array
 
 
-class TextSide(Protocol):
-    """Instructions -> states ``[B, S, D]`` and pooled vector ``[B, P]``, in a host part and a jitted one."""
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """What a text side is asked about.
 
-    def inputs(self, prompts: Sequence[str]) -> Any:
+    Attributes:
+        prompt: the instruction.
+        image: name of the source picture, its path relative to the data folder ("" where there is none): some text
+            encoders see the picture too.
+        pixels: the source as the editor sees it, float32 ``[H, W, 3]`` in [0, 1]; None before it is loaded.
+    """
+
+    prompt: str
+    image: str = ""
+    pixels: np.ndarray | None = None
+
+
+def instructions(batch: Mapping[str, Any]) -> list[Instruction]:
+    """Of loaded records: ``prompt``, ``image_name`` and ``image``, as in ``data.source``."""
+    return [Instruction(*row) for row in zip(batch["prompt"], batch["image_name"], batch["image"], strict=True)]
+
+
+class TextStates(NamedTuple):
+    """What a text side gives a transformer."""
+
+    states: Array  # [B, S, D]
+    pooled: Array | None = None  # [B, P], for models that take one
+    mask: Array | None = None  # bool [B, S], False where a state is padding; None: all count
+
+
+class TextSide(Protocol):
+    """Instructions -> states, in a host part and a jitted one."""
+
+    def inputs(self, instructions: Sequence[Instruction]) -> Any:
         """A tree of host arrays that lead with B. Raises ValueError for an instruction that cannot be used."""
         ...
 
-    def fault(self, prompt: str) -> str | None:
-        """Why an instruction cannot be used, or None if it can."""
+    def fault(self, instruction: Instruction) -> str | None:
+        """Why an instruction cannot be used, or None if it can; asked before any picture is loaded."""
         ...
 
     @property
@@ -36,7 +65,7 @@ class TextSide(Protocol):
         """What to do about faults, or an empty string."""
         ...
 
-    def encode(self, params: Any, inputs: Any) -> tuple[Array, Array]: ...
+    def encode(self, params: Any, inputs: Any) -> TextStates: ...
 
     def init(self, key: Array) -> Any:
         """Fresh parameters, boxed with logical axis names; ``{}`` if there are none."""
@@ -115,15 +144,15 @@ class WordTable:
     encoder: TableTextEncoder
     remedy: str = ""
 
-    def inputs(self, prompts: Sequence[str]) -> np.ndarray:
-        return self.tokenizer(prompts)
+    def inputs(self, instructions: Sequence[Instruction]) -> np.ndarray:
+        return self.tokenizer([instruction.prompt for instruction in instructions])
 
-    def fault(self, prompt: str) -> str | None:
-        return self.tokenizer.fault(prompt)
+    def fault(self, instruction: Instruction) -> str | None:
+        return self.tokenizer.fault(instruction.prompt)
 
-    def encode(self, params: Any, inputs: Array) -> tuple[Array, Array]:
+    def encode(self, params: Any, inputs: Array) -> TextStates:
         out: Any = self.encoder.apply({"params": params}, inputs)
-        return out
+        return TextStates(*out)
 
     def init(self, key: Array) -> Any:
         return self.encoder.init(key, jnp.zeros((1, self.tokenizer.max_length), jnp.int32))["params"]
@@ -134,32 +163,37 @@ class PrecomputedText:
     """States that other encoders made: read from a cache, or computed by ``torch_bridge`` before sampling starts.
 
     Attributes:
-        lookup: prompts -> ``{"text": [B, S, D], "pooled": [B, P]}``, host arrays.
-        has: whether ``lookup`` knows a prompt.
-        remedy: what to do about prompts that it does not know.
+        lookup: instructions -> ``{"text": [B, S, D], "pooled": [B, P], "mask": [B, S]}``, host arrays; the last two
+            only where the model takes them.
+        has: whether ``lookup`` knows an instruction.
+        remedy: what to do about those that it does not know.
     """
 
-    lookup: Callable[[Sequence[str]], Mapping[str, np.ndarray]]
-    has: Callable[[str], bool]
+    lookup: Callable[[Sequence[Instruction]], Mapping[str, np.ndarray]]
+    has: Callable[[Instruction], bool]
     remedy: str = ""
 
     @classmethod
     def of(cls, table: Mapping[str, Mapping[str, np.ndarray]]) -> "PrecomputedText":
-        """From ``{prompt: {"text": [S, D], "pooled": [P]}}``."""
+        """From ``{prompt: {"text": [S, D], "pooled": [P]}}``, whose arrays are of one shape."""
 
-        def lookup(prompts: Sequence[str]) -> dict[str, np.ndarray]:
-            return {name: np.stack([table[prompt][name] for prompt in prompts]) for name in ("text", "pooled")}
+        def lookup(instructions: Sequence[Instruction]) -> dict[str, np.ndarray]:
+            rows = [table[instruction.prompt] for instruction in instructions]
+            return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-        return cls(lookup, table.__contains__)
+        return cls(lookup, lambda instruction: instruction.prompt in table)
 
-    def inputs(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        return dict(self.lookup(prompts))
+    def inputs(self, instructions: Sequence[Instruction]) -> dict[str, np.ndarray]:
+        return dict(self.lookup(instructions))
 
-    def fault(self, prompt: str) -> str | None:
-        return None if self.has(prompt) else f"prompt {prompt!r} is not in the text cache"
+    def fault(self, instruction: Instruction) -> str | None:
+        if self.has(instruction):
+            return None
+        of = f" of {instruction.image}" if instruction.image else ""
+        return f"prompt {instruction.prompt!r}{of} is not in the text cache"
 
-    def encode(self, params: Any, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
-        return inputs["text"], inputs["pooled"]
+    def encode(self, params: Any, inputs: Mapping[str, Array]) -> TextStates:
+        return TextStates(inputs["text"], inputs.get("pooled"), inputs.get("mask"))
 
     def init(self, key: Array) -> Any:
         return {}

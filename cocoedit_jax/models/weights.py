@@ -63,7 +63,8 @@ def module_name(path: tuple[str, ...], layer: int | None) -> str:
 
 
 def module_path(name: str) -> tuple[tuple[str, ...], int | None]:
-    """Inverse of ``module_name``. An index inside a block belongs to the module before it (``to_out.0``, ``net.2``)."""
+    """Inverse of ``module_name``. An index inside a block belongs to the module before it (``to_out.0``,
+    ``net.2``), and so does the one layer of a modulation (``norm1.linear``)."""
     stack, _, rest = name.partition(".")
     head, layer = (), None
     if stack in STACKED:
@@ -71,7 +72,7 @@ def module_path(name: str) -> tuple[tuple[str, ...], int | None]:
         if not index.isdecimal():
             raise ValueError(f"module name {stack}.{rest!r}: expected a layer index after {stack!r}")
         head, layer = (stack,), int(index)
-    return (*head, *re.findall(r"net\.\d+(?:\.proj)?(?=\.|$)|[^.]+(?:\.\d+)?(?=\.|$)", name)), layer
+    return (*head, *re.findall(r"net\.\d+(?:\.proj)?(?=\.|$)|\w+\.linear(?=\.|$)|[^.]+(?:\.\d+)?(?=\.|$)", name)), layer
 
 
 def _tensor_name(path: tuple[str, ...], layer: int | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from cocoedit_jax.models.flux import FluxConfig
+from cocoedit_jax.models.editor import TransformerShape
 
 # Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets; matched against the start of ``device_kind``.
 PEAK_FLOPS = {
@@ -26,25 +26,25 @@ PEAK_FLOPS = {
 }
 
 
-def flux_forward_flops(config: FluxConfig, tokens: int, samples: int = 1) -> float:
+def forward_flops(config: TransformerShape, tokens: int, samples: int = 1) -> float:
     """One forward pass over ``samples`` sequences of ``tokens`` joint tokens: 2 per multiply-add.
 
     Linear layers of the blocks (24 d^2 per token and block at mlp_ratio 4) and attention (4 S^2 d per block);
     modulation and embedders, linear in neither tokens nor depth, are left out (under 1 % at real size).
     """
     d = config.hidden
-    blocks = config.num_layers + config.num_single_layers
+    blocks = config.num_blocks
     linear = blocks * 2 * (4 * d * d + 2 * d * config.mlp_hidden) * tokens
     attention = blocks * 4 * tokens * tokens * d
     return float(samples * (linear + attention))
 
 
-def lora_gradient_flops(config: FluxConfig, tokens: int, samples: int = 1) -> float:
+def lora_gradient_flops(config: TransformerShape, tokens: int, samples: int = 1) -> float:
     """Forward and backward of a frozen base with adapters: twice the linear part (no weight gradients), and three
     times attention."""
     d = config.hidden
-    attention = (config.num_layers + config.num_single_layers) * 4 * tokens * tokens * d * samples
-    return 2 * flux_forward_flops(config, tokens, samples) + attention
+    attention = config.num_blocks * 4 * tokens * tokens * d * samples
+    return 2 * forward_flops(config, tokens, samples) + attention
 
 
 def peak_flops(device: Any = None) -> tuple[float, str]:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
 from cocoedit_jax.models.attention import BACKENDS
-from cocoedit_jax.models.flux import REMAT_POLICIES
+from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.registry import weighted_rewards
 from cocoedit_jax.sharding.mesh import DATA
@@ -49,10 +49,15 @@ def _model_problems(model: ConfigDict) -> list[str]:
     """Of the fields that only some editors have."""
     dtypes = ("bfloat16", "float32")
     whole = lambda low, high: lambda x: type(x) is int and low <= x <= high  # noqa: E731
+    flag = lambda x: isinstance(x, bool)  # noqa: E731
+    qwen = model.kind == "qwen_image_edit"  # whose texts have a length of their own
+    text_tokens = whole(0 if qwen else 1, 512)
     checks = {
         "dtype": (lambda x: x in dtypes, f"one of {list(dtypes)}"),
         "vae_dtype": (lambda x: x in dtypes, f"one of {list(dtypes)}"),
-        "text_tokens": (whole(1, 512), "a whole number from 1 to 512"),
+        "text_tokens": (text_tokens, "a whole number from 1 to 512" + (", or 0" if qwen else "")),
+        "text_mask": (flag, "true or false"),
+        "precompute_modulation": (flag, "true or false"),
         "vae_tile": (whole(0, 2**20), "a number of pixels, or 0"),
         "guidance": (lambda x: isinstance(x, int | float) and 0 <= x < math.inf, "a number, at least 0"),
     }

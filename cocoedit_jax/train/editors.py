@@ -1,6 +1,7 @@
 """The editors that ``config.model.kind`` can name. Adding one is a function here (CONTRIBUTING.md, "Add an editor")."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cocoedit_jax.data.text_cache import TextCache, cache_folder, encode_command
+from cocoedit_jax.data.text_cache import TextCache
 from cocoedit_jax.data.text_identity import text_identity
+from cocoedit_jax.data.text_kind import flux_kind
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models import kontext
+from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
-from cocoedit_jax.models.kontext import build_kontext, load_params
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import DATA
@@ -24,7 +26,7 @@ from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
 # The editor, and a function that loads its parameters: so that what can be refused is refused before they are read.
-Loaded = tuple[KontextEditor, Callable[[], Any]]
+Loaded = tuple[Editor, Callable[[], Any]]
 Loader = Callable[[ConfigDict, Mesh, Path], Loaded]  # configuration, mesh, data folder
 EDITORS: dict[str, Loader] = {}
 
@@ -41,6 +43,21 @@ def register_editor(name: str) -> Callable[[Loader], Loader]:
     return add
 
 
+def cached_text(cache: TextCache) -> PrecomputedText:
+    """The text side that reads ``cache``."""
+    return PrecomputedText(cache, cache.__contains__, f"add them with: {cache.command}")
+
+
+def check_widths(cache: TextCache, shape: Any, folder: Path) -> None:
+    """Raises UserError when the embeddings are not as wide as the transformer of ``folder`` takes them."""
+    widths = (cache.header.features, cache.header.pooled_features or None)
+    expected = (shape.joint_attention_dim, shape.pooled_features)
+    if widths != expected:
+        raise UserError(
+            f"{cache.folder}: embeddings of widths {widths}; the transformer of {folder} expects {expected}"
+        )
+
+
 @register_editor("quickstart")
 def quickstart(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
     """A base written by ``launch.pretrain``; ``model.path`` empty: the one in the package."""
@@ -55,12 +72,10 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
     """FLUX.1 Kontext in diffusers' layout; instructions come from the text cache in ``data``."""
     model = config.model
     folder = resolve_model(model.path)
-    cache_path = cache_folder(data, model.text_tokens)
-    cache = TextCache(cache_path, text_identity(folder), model.text_tokens)
-    remedy = f"add them with: {encode_command(cache_path, model.text_tokens)}"
-    editor = build_kontext(
+    cache = TextCache(data, flux_kind(model.text_tokens), text_identity(folder))
+    editor = kontext.build_kontext(
         folder,
-        PrecomputedText(cache, cache.__contains__, remedy),
+        cached_text(cache),
         dtype=jnp.dtype(model.dtype),
         vae_dtype=jnp.dtype(model.vae_dtype),
         vae_tile=model.vae_tile or None,
@@ -69,11 +84,5 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path) -> Loaded:
         guidance=model.guidance,
         shards=mesh.shape[DATA],
     )
-    shape, header = editor.transformer.config, cache.header
-    widths = (header.features, header.pooled_features)
-    if widths != (shape.joint_attention_dim, shape.pooled_projection_dim):
-        raise UserError(
-            f"{cache_path}: embeddings of widths {widths}; the transformer of {folder} expects "
-            f"{(shape.joint_attention_dim, shape.pooled_projection_dim)}"
-        )
-    return editor, lambda: load_params(folder, sharded_shapes(editor.abstract(), mesh))
+    check_widths(cache, editor.transformer.config, folder)
+    return editor, lambda: kontext.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))

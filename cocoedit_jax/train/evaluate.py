@@ -11,6 +11,7 @@ import numpy as np
 from cocoedit_jax.data.scene_judge import judge_batch
 from cocoedit_jax.data.scene_spec import SceneSpec
 from cocoedit_jax.data.source import load_batch
+from cocoedit_jax.models.text import instructions
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.rewards.judge import Judge, JudgeRequest, judge_scores
 from cocoedit_jax.rewards.pixel import masked_psnr, masked_ssim
@@ -92,7 +93,7 @@ class Evaluator:
     def _batch(self, adapter: Any, bucket: int, indices: Sequence[int]) -> list[tuple]:
         setup = self._setup
         batch = load_batch(setup.held_out, indices)
-        text = setup.editor.text_inputs(batch["prompt"])
+        text = setup.editor.text_inputs(instructions(batch))
         conditioning = self._encode(setup.params, batch["image"], text)
         keys = sample_keys(jax.random.key(_NOISE_SEED), np.asarray(indices))
         _, images = self._sampler(bucket)(setup.params, adapter, conditioning, keys)

@@ -19,6 +19,7 @@ from cocoedit_jax.data.source import load_batch
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
 from cocoedit_jax.models.editor import Conditioning, Grid
+from cocoedit_jax.models.text import instructions
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.report import write_report
@@ -154,7 +155,7 @@ class Trainer:
             batch = load_batch(self.setup.train, records)
             programs = self.programs(self.setup.train_records[int(records[0])].bucket)
         with timer("encode"):
-            text = self.setup.editor.text_inputs(batch["prompt"])
+            text = self.setup.editor.text_inputs(instructions(batch))
             conditioning = self.encode(self.setup.params, batch["image"], text)
         with timer("rollout"):
             old = lora.fold_scale(self.state.old, self.setup.lora)
@@ -395,7 +396,8 @@ def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telem
                     telemetry.log(step, metrics)
                     raise
             seconds = timer.pop()
-            metrics |= seconds | trainer.performance(seconds, metrics, drawn.grid, drawn.conditioning.text.shape[1])
+            text_tokens = drawn.conditioning.text.states.shape[1]
+            metrics |= seconds | trainer.performance(seconds, metrics, drawn.grid, text_tokens)
             telemetry.log(step, metrics)
             if step % config.checkpoint.every == 0 or last or stop.requested:
                 with timer("checkpoint"):

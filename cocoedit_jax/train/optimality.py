@@ -9,7 +9,7 @@ import numpy as np
 
 from cocoedit_jax.data.groups import SamplePlan
 from cocoedit_jax.flow.packing import downsample_mask_nearest, token_share
-from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft import advantage as adv
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.blend import blend
@@ -98,7 +98,7 @@ def _latent_mask(edit_mask: np.ndarray, factor: int) -> jax.Array:
 
 
 def pack_step(
-    editor: KontextEditor,
+    editor: Editor,
     rollout: Rollout,
     judged: Judged,
     plan: SamplePlan,

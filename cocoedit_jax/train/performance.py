@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from cocoedit_jax.models.editor import Grid
-from cocoedit_jax.sharding.flops import flux_forward_flops, lora_gradient_flops, peak_flops
+from cocoedit_jax.sharding.flops import forward_flops, lora_gradient_flops, peak_flops
 from cocoedit_jax.train.setup import Setup
 
 _BETWEEN_STEPS = ("evaluate", "checkpoint")
@@ -38,9 +38,9 @@ class Performance:
         timesteps = cfg.num_timesteps(rollout_steps)
         forwards = (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
         work = {
-            "rollout": rollout_steps * flux_forward_flops(shape, tokens, drawn),
+            "rollout": rollout_steps * forward_flops(shape, tokens, drawn),
             "train": timesteps
-            * (lora_gradient_flops(shape, tokens, used) + forwards * flux_forward_flops(shape, tokens, used)),
+            * (lora_gradient_flops(shape, tokens, used) + forwards * forward_flops(shape, tokens, used)),
         }
         step = sum(value for name, value in seconds.items() if name.removeprefix("seconds/") not in _BETWEEN_STEPS)
         out = {"samples_per_second": drawn / step}

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
+from cocoedit_jax.models.autoencoder_qwen import AutoencoderQwen
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid
+from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.kontext import KontextEditor
+from cocoedit_jax.models.qwen import QwenConfig, QwenTransformer
+from cocoedit_jax.models.qwen_edit import QwenEditor, with_modulation_at
+from cocoedit_jax.models.text import PrecomputedText, TextStates
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.sharding.mesh import batch_sharding
 from cocoedit_jax.sharding.rules import sharded_shapes
@@ -22,17 +29,40 @@ class StepShape:
     Attributes:
         height, width: of the pictures, pixels.
         text_tokens: length of the text states.
+        text_mask: whether they come with a mask.
         samples: per optimizer step, over all devices.
         micro_batch: samples per forward and backward, over all devices.
+        precompute_modulation: of models that can, as in training.
         sampler_steps: of the rollout, whose sigmas are trained on.
     """
 
     height: int = 512
     width: int = 512
     text_tokens: int = 128
+    text_mask: bool = False
     samples: int = 288
     micro_batch: int = 24
+    precompute_modulation: bool = True
     sampler_steps: int = 10
+
+
+FLUX_SCHEDULE = (("base_shift", 0.5), ("max_shift", 1.15), ("base_seq_len", 256), ("max_seq_len", 4096))
+QWEN_SCHEDULE = (
+    ("base_shift", 0.5), ("max_shift", 0.9), ("base_seq_len", 256), ("max_seq_len", 8192), ("shift_terminal", 0.02),
+)  # fmt: skip
+
+
+def published_editor(
+    kind: str, *, dtype: Any = jnp.bfloat16, remat: str = "full", attention_backend: str = "auto"
+) -> Editor:
+    """The editor of a published model, without its files: ``flux_kontext``, ``qwen_image_edit`` (2509) or
+    ``qwen_image_edit_2511``."""
+    text = PrecomputedText.of({})
+    options: dict[str, Any] = {"dtype": dtype, "remat": remat, "attention_backend": attention_backend}
+    if kind == "flux_kontext":
+        return KontextEditor(FluxTransformer(FluxConfig(), **options), AutoencoderKL(), text, schedule=FLUX_SCHEDULE)
+    shape = {"qwen_image_edit": QwenConfig(), "qwen_image_edit_2511": QwenConfig(zero_cond_t=True)}[kind]
+    return QwenEditor(QwenTransformer(shape, **options), AutoencoderQwen(), text, schedule=QWEN_SCHEDULE)
 
 
 def abstract_state(params: Any, cfg: NFTConfig, lora_cfg: lora.LoraConfig, mesh: Mesh) -> TrainState:
@@ -46,7 +76,7 @@ def abstract_state(params: Any, cfg: NFTConfig, lora_cfg: lora.LoraConfig, mesh:
     return sharded_shapes(jax.eval_shape(init, jax.random.key(0)), mesh)
 
 
-def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: StepShape, mesh: Mesh) -> StepBatch:
+def _abstract_batch(editor: Editor, grid: Grid, cfg: NFTConfig, shape: StepShape, mesh: Mesh) -> StepBatch:
     model = editor.transformer.config
     count = -(-shape.samples // shape.micro_batch)
 
@@ -59,9 +89,12 @@ def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: St
         x0=array(*tokens),
         conditioning=Conditioning(
             source=array(*tokens),
-            text=array(shape.text_tokens, model.joint_attention_dim, dtype=text_dtype),
-            pooled=array(model.pooled_projection_dim, dtype=text_dtype),
-            guidance=array(),
+            text=TextStates(
+                array(shape.text_tokens, model.joint_attention_dim, dtype=text_dtype),
+                None if model.pooled_features is None else array(model.pooled_features, dtype=text_dtype),
+                array(shape.text_tokens, dtype=jnp.bool_) if shape.text_mask else None,
+            ),
+            guidance=None if editor.guidance is None else array(),
         ),
         preserve_latent=array(grid.height, grid.width),
         r=array(grid.tokens) if cfg.r_granularity == "token" else array(),
@@ -74,7 +107,7 @@ def _abstract_batch(editor: KontextEditor, grid: Grid, cfg: NFTConfig, shape: St
 
 
 def lower_step(
-    editor: KontextEditor, cfg: NFTConfig, lora_cfg: lora.LoraConfig, shape: StepShape, mesh: Mesh
+    editor: Editor, cfg: NFTConfig, lora_cfg: lora.LoraConfig, shape: StepShape, mesh: Mesh
 ) -> jax.stages.Lowered:
     """The optimizer step, traced for ``mesh``, whose devices may be those of a topology that is not there
     (``jax.experimental.topologies``); ``.compile()`` it for memory and collectives.
@@ -84,6 +117,8 @@ def lower_step(
     """
     grid = editor.grid(shape.height, shape.width)
     sigmas = editor.sigmas(shape.sampler_steps, grid)
+    if isinstance(editor, QwenEditor) and shape.precompute_modulation:
+        editor = with_modulation_at(editor, [sigmas])
     step = make_train_step(editor, grid, sigmas, cfg, lora_cfg, make_optimizer(3e-4, 1e-4, 1.0), mesh)
     params = sharded_shapes(editor.abstract(), mesh)
     scalar = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in ("count", "old_decay", "ema_decay")}

@@ -21,9 +21,10 @@ from cocoedit_jax.data.scenes import SceneBatch, render_layers, sample_batch, sc
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.packing import pack, token_share
 from cocoedit_jax.flow.solvers import sample
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.flux import FluxConfig
 from cocoedit_jax.models.quickstart import QuickstartConfig, build_editor, load_base, save_base
+from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.reporting.telemetry import progress
 
 Params = Any
@@ -58,7 +59,7 @@ def spoil(rng: np.random.Generator, batch: SceneBatch, drift: ConfigDict) -> np.
     return np.clip(out + background * shift, 0, 1).astype(np.float32)
 
 
-def _batches(config: ConfigDict, editor: KontextEditor, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
+def _batches(config: ConfigDict, editor: Editor, first: int, last: int) -> Iterator[dict[str, np.ndarray]]:
     """Training batches of steps ``first`` to ``last``, each from its own random stream, drawn one step ahead."""
 
     def draw(step: int) -> dict[str, np.ndarray]:
@@ -69,7 +70,7 @@ def _batches(config: ConfigDict, editor: KontextEditor, first: int, last: int) -
             "source": batch.source.astype(np.float32),
             "target": target.astype(np.float32),
             "mask": batch.edit_mask.astype(np.float32),
-            "text": editor.text_inputs(batch.instructions),
+            "text": editor.text_inputs([Instruction(prompt) for prompt in batch.instructions]),
         }
 
     with ThreadPoolExecutor(1) as pool:
@@ -107,7 +108,7 @@ def _optimizer(config: ConfigDict, phase: ConfigDict) -> optax.GradientTransform
     )
 
 
-def flow_matching_loss(editor: KontextEditor, params: Params, batch: dict, key: jax.Array, mask_weight: float):
+def flow_matching_loss(editor: Editor, params: Params, batch: dict, key: jax.Array, mask_weight: float):
     """Mean squared velocity error, tokens weighted by ``1 + (mask_weight - 1) * share of the edit mask``.
 
     t follows a logit-normal distribution (arXiv 2403.03206).
@@ -125,7 +126,7 @@ def flow_matching_loss(editor: KontextEditor, params: Params, batch: dict, key: 
     return jnp.sum(error * weight) / jnp.sum(weight)
 
 
-def evaluate(editor: KontextEditor, params: Params, size: int) -> tuple[dict[str, float], np.ndarray]:
+def evaluate(editor: Editor, params: Params, size: int) -> tuple[dict[str, float], np.ndarray]:
     """Judge score, no-edit rate and PSNR outside the mask on fixed scenes, and a picture of some of them."""
     batch = sample_batch(np.random.default_rng(_EVAL_SEED), _EVAL_SCENES, size)
     grid = editor.grid(size, size)
@@ -137,7 +138,7 @@ def evaluate(editor: KontextEditor, params: Params, size: int) -> tuple[dict[str
         velocity = lambda z, t: editor.velocity(params, None, z, jnp.full((z.shape[0],), t), conditioning, grid)  # noqa: E731
         return editor.decode(params, sample(velocity, z, editor.sigmas(_EVAL_STEPS, grid), "euler"), grid)
 
-    text = editor.text_inputs(batch.instructions)
+    text = editor.text_inputs([Instruction(prompt) for prompt in batch.instructions])
     edited = np.asarray(edit(params, batch.source.astype(np.float32), text, jax.random.key(0)))
     score = judge_batch(batch.specs, edited)
     keep = (1 - batch.edit_mask)[..., None]
@@ -188,7 +189,7 @@ def pretrain(config: ConfigDict, out: Path, start_from: Path | None = None) -> N
 
 def _train_phase(
     config: ConfigDict,
-    editor: KontextEditor,
+    editor: Editor,
     params: Params,
     phase: ConfigDict,
     first: int,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from cocoedit_jax.data.groups import SamplePlan
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import sample
-from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.judge import Judge
 from cocoedit_jax.rewards.registry import EditBatch, weighted_rewards
@@ -35,11 +35,12 @@ class Rollout:
     seconds_waiting: float = 0.0  # for rewards, after the last sample was drawn
 
 
-def make_sampler(editor: KontextEditor, grid: Grid, sigmas: np.ndarray, solver: str, mesh: Mesh) -> Sampler:
+def make_sampler(editor: Editor, grid: Grid, sigmas: np.ndarray, solver: str, mesh: Mesh) -> Sampler:
     """A jitted ``(params, folded adapter, conditioning [B], keys [B]) -> (x0 [B, n, c], images [B, H, W, 3])``.
 
     Every sample has its own key, so the noise does not depend on how samples are batched or spread over devices.
     """
+    editor.check_sigmas(sigmas)
 
     def draw(params: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> tuple[Array, Array]:
         shape = (grid.tokens, editor.token_channels)

@@ -16,7 +16,8 @@ from cocoedit_jax.data.records import Fault, Record, RecordSet, read_records, sp
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.editor import KontextEditor
+from cocoedit_jax.models.editor import Editor
+from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.judge import Judge, judge_hook, judge_options, make_judge
@@ -33,7 +34,7 @@ class Setup:
     algorithm: NFTConfig
     lora: lora.LoraConfig
     mesh: Mesh
-    editor: KontextEditor
+    editor: Editor
     params: Any
     framing: Framing
     train: grain.MapDataset
@@ -66,12 +67,15 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
         return read_records(path, framing, strict=config.data.strict, min_bucket_records=groups, progress=done)
 
 
-def _usable(found: RecordSet, editor: KontextEditor, judge: Judge, strict: bool) -> tuple[Record, ...]:
+def _usable(found: RecordSet, editor: Editor, judge: Judge, strict: bool) -> tuple[Record, ...]:
     """The records that model and judge can take. Faults are printed, or refused if ``strict`` or if none is left."""
     records, faults = [], list(found.faults)
     judge_fault = judge_hook(judge, "fault")
     for record in found.records:
-        reasons = {"instruction": editor.text.fault(record.prompt), "judge": judge_fault(record.extra)}
+        reasons = {
+            "instruction": editor.text.fault(Instruction(record.prompt, record.image_name)),
+            "judge": judge_fault(record.extra),
+        }
         faults += [Fault(record.line, kind, f"{record.id!r}: {why}") for kind, why in reasons.items() if why]
         if not any(reasons.values()):
             records.append(record)
@@ -89,7 +93,7 @@ def _usable(found: RecordSet, editor: KontextEditor, judge: Judge, strict: bool)
     return checked.records
 
 
-def _check_sizes(editor: KontextEditor, framing: Framing) -> None:
+def _check_sizes(editor: Editor, framing: Framing) -> None:
     try:
         for size in framing.sizes:
             editor.grid(*size)

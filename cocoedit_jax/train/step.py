@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.editor import Conditioning, Grid, KontextEditor
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.objective import ObjectiveInputs, get_objective, reduce_global, reduce_micro
 from cocoedit_jax.nft.policy import blend
 from cocoedit_jax.nft.presets import NFTConfig
@@ -84,7 +84,7 @@ def make_optimizer(learning_rate: float, weight_decay: float, max_grad_norm: flo
 
 
 def make_train_step(
-    editor: KontextEditor,
+    editor: Editor,
     grid: Grid,
     sigmas: np.ndarray,
     cfg: NFTConfig,
@@ -97,6 +97,7 @@ def make_train_step(
     ``finite`` is a tree of flags, one for each gradient; if any is False, or the loss or a norm is not finite, the
     returned state is the given one, unchanged. ``state`` is donated.
     """
+    editor.check_sigmas(sigmas)
     objective = get_objective(cfg.objective)
     trained = sigmas[:-1] if cfg.train_at_pure_noise or len(sigmas) == 2 else sigmas[sigmas < 1][:-1]
     levels = jnp.asarray(trained, jnp.float32)

@@ -22,8 +22,8 @@ def test_a_batch(tmp_path):
         {"image": "b.png", "prompt": "x", "out": "c.png", "seed": 3},
     ]
     first, second = read_requests(write(tmp_path / "batch.jsonl", rows), tmp_path / "out", seed=7)
-    assert first == EditRequest(tmp_path / "a.png", "make it red", tmp_path / "out" / "000001.png", 7)
-    assert second == EditRequest(tmp_path / "b.png", "x", tmp_path / "out" / "c.png", 3)
+    assert first == EditRequest((tmp_path / "a.png",), "make it red", tmp_path / "out" / "000001.png", 7)
+    assert second == EditRequest((tmp_path / "b.png",), "x", tmp_path / "out" / "c.png", 3)
 
 
 def test_all_faulty_lines_are_named(tmp_path):
@@ -47,12 +47,12 @@ def test_all_faulty_lines_are_named(tmp_path):
 def test_pictures_are_checked_before_anything_runs(tmp_path):
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    good = EditRequest(tmp_path / "good.png", "x", tmp_path / "out.png")
-    assert check_pictures([good]) == [(20, 30)]
+    good = EditRequest((tmp_path / "good.png",), "x", tmp_path / "out.png")
+    assert check_pictures([good]) == [((20, 30),)]
     others = [
-        EditRequest(tmp_path / "bad.png", "x", tmp_path / "o.png"),
-        EditRequest(tmp_path / "absent.png", "x", tmp_path / "o.png"),
-        EditRequest(tmp_path / "good.png", "x", tmp_path / "o.docx"),
+        EditRequest((tmp_path / "bad.png",), "x", tmp_path / "o.png"),
+        EditRequest((tmp_path / "absent.png",), "x", tmp_path / "o.png"),
+        EditRequest((tmp_path / "good.png",), "x", tmp_path / "o.docx"),
     ]
     with pytest.raises(UserError, match="3 picture.*\n.*bad.png.*\n.*absent.png.*\n.*o.docx"):
         check_pictures([good, *others])

@@ -13,6 +13,7 @@ from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
 from cocoedit_jax.models.flux import FluxConfig
 from cocoedit_jax.models.quickstart import QuickstartConfig, build_editor
+from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.sharding.mesh import DATA, batch_sharding, make_mesh, replicated
 from cocoedit_jax.sharding.rules import parameter_shardings
 
@@ -152,7 +153,9 @@ def test_the_editor_takes_it(params):
     editor = dataclasses.replace(quickstart, autoencoder=autoencoder)
     variables = nn.unbox(jax.jit(editor.init)(jax.random.key(0))) | {"autoencoder": params}
     images, grid = draw_images(2, 8, 12), editor.grid(8, 12)
-    conditioning = jax.jit(editor.encode)(variables, images, editor.text_inputs(["red", "red red"]))
+    conditioning = jax.jit(editor.encode)(
+        variables, images, editor.text_inputs([Instruction("red"), Instruction("red red")])
+    )
     assert conditioning.source.shape == (2, 6, 12)
     decoded = jax.jit(lambda v, x: editor.decode(v, x, grid))(variables, conditioning.source)
     expected = jax.jit(lambda p, x: autoencoder.decode(p, autoencoder.encode(p, x)))(params, images)

@@ -9,14 +9,16 @@ from flax import linen as nn
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.packing import pack
 from cocoedit_jax.models import lora, weights
-from cocoedit_jax.models.editor import Conditioning, KontextEditor
+from cocoedit_jax.models.editor import Conditioning
 from cocoedit_jax.models.flux import FluxConfig
+from cocoedit_jax.models.kontext import KontextEditor
 from cocoedit_jax.models.quickstart import QuickstartConfig, build_editor, load_base, save_base
+from cocoedit_jax.models.text import Instruction
 
 CONFIG = QuickstartConfig(
     FluxConfig(48, 1, 1, 6, 2, 5, 4, False, (2, 2, 2), theta=100.0), ("make", "circle", "red"), 4, patch=4, image_size=8
 )
-PROMPTS = ["make circle red", "circle"]
+PROMPTS = [Instruction(prompt) for prompt in ["make circle red", "circle"]]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_grid(editor):
 def test_encode_and_decode(editor, params, images):
     conditioning = editor.encode(params, images, editor.text_inputs(PROMPTS))
     assert conditioning.source.shape == (2, 6, 48)
-    assert conditioning.text.shape == (2, 4, 5) and conditioning.pooled.shape == (2, 4)
+    assert conditioning.text.states.shape == (2, 4, 5) and conditioning.text.pooled.shape == (2, 4)
     np.testing.assert_array_equal(conditioning.guidance, [2.5, 2.5])
     np.testing.assert_allclose(editor.decode(params, conditioning.source, editor.grid(8, 12)), images, atol=1e-6)
     np.testing.assert_array_equal(conditioning.source, pack(images * 2.0 - 1.0, 4))
@@ -59,14 +61,17 @@ def test_conditioning_rows(editor, params, images):
     conditioning = editor.encode(params, images, editor.text_inputs(PROMPTS)).take(jnp.asarray([1, 1, 0]))
     assert isinstance(conditioning, Conditioning)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(conditioning)} == {3}
-    np.testing.assert_array_equal(conditioning.text[0], conditioning.text[1])
+    np.testing.assert_array_equal(conditioning.text.states[0], conditioning.text.states[1])
 
 
 jitted_velocity = jax.jit(KontextEditor.velocity, static_argnums=(0, 6))
 
 
-def velocity(editor, params, adapter, images, t=0.5, **changes):
-    conditioning = editor.encode(params, images, editor.text_inputs(PROMPTS)).replace(**changes)
+def velocity(editor, params, adapter, images, t=0.5, guidance=None, **text):
+    conditioning = editor.encode(params, images, editor.text_inputs(PROMPTS))
+    conditioning = conditioning.replace(text=conditioning.text._replace(**text))
+    if guidance is not None:
+        conditioning = conditioning.replace(guidance=guidance)
     x_t = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6, 48)), jnp.float32)
     return jitted_velocity(editor, params, adapter, x_t, jnp.full((2,), t), conditioning, editor.grid(8, 12))
 
@@ -80,7 +85,7 @@ def test_velocity_depends_on_all_its_inputs(editor, params, images):
         "adapter": velocity(editor, params, lora.fold_scale(adapter, config), images),
         "time": velocity(editor, params, None, images, t=0.6),
         "source": velocity(editor, params, None, 1 - images),
-        "text": velocity(editor, params, None, images, text=jnp.ones((2, 4, 5))),
+        "text": velocity(editor, params, None, images, states=jnp.ones((2, 4, 5))),
         "pooled": velocity(editor, params, None, images, pooled=jnp.ones((2, 4))),
     }
     for name, other in changed.items():

@@ -32,7 +32,7 @@ def test_flatten_and_back():
     "name, path, layer",
     [
         ("x_embedder", ("x_embedder",), None),
-        ("norm_out.linear", ("norm_out", "linear"), None),
+        ("norm_out.linear", ("norm_out.linear",), None),
         ("transformer_blocks.12.attn.to_out.0", ("transformer_blocks", "attn", "to_out.0"), 12),
         ("transformer_blocks.0.ff.net.0.proj", ("transformer_blocks", "ff", "net.0.proj"), 0),
         ("transformer_blocks.0.ff_context.net.2", ("transformer_blocks", "ff_context", "net.2"), 0),

@@ -8,7 +8,7 @@ import numpy as np
 from cocoedit_jax.models import weights
 from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import DOWN_BLOCK, UP_BLOCK, AutoencoderKLConfig
-from tests.parity.flux_cases import SEED, randomise, to_numpy
+from tests.parity.transformer_cases import SEED, randomise, to_numpy
 
 
 @dataclasses.dataclass

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.parity.flux_cases import NUM_CASES, Case, draw_case
+from tests.parity.flux_cases import Case, draw_case
 from tests.parity.lora_cases import LATENT_CHANNELS
+from tests.parity.transformer_cases import NUM_CASES
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cocoedit_jax.models import lora, lora_files, weights
-from tests.parity.flux_cases import SEED, Case, relative_error
+from tests.parity.flux_cases import Case
+from tests.parity.transformer_cases import SEED, relative_error
 
 LATENT_CHANNELS = 4
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,15 @@ from cocoedit_jax.models.autoencoder_kl import (
     AttentionBlock,
     AutoencoderKL,
     Decoder,
-    Downsample,
     Encoder,
     GroupNorm,
-    MidBlock,
-    ResampleBlock,
-    ResnetBlock,
-    Upsample,
+    group_norm,
+    mid_block,
 )
 from cocoedit_jax.models.autoencoder_kl_config import DIFFUSERS_DEFAULTS, AutoencoderKLConfig
+from cocoedit_jax.models.autoencoder_layers import Downsample, ResampleBlock, ResnetBlock, Upsample
 from tests.parity.autoencoder_cases import AutoencoderCase, draw_autoencoder, from_torch, to_torch
-from tests.parity.flux_cases import SEED, relative_error
+from tests.parity.transformer_cases import SEED, relative_error
 
 TOLERANCE = 1e-5
 NO_TIME = None  # the time embedding that diffusers' residual blocks ask for
@@ -111,22 +110,22 @@ def test_encoder_and_decoder(case):
 
 def test_blocks(case):
     """The blocks of both halves, which between them have every change of channels and of size."""
-    config, groups, layers = case.config, case.config.norm_num_groups, case.config.layers_per_block
-    channels = config.block_out_channels
+    config, layers = case.config, case.config.layers_per_block
+    norm, channels = group_norm(config, jnp.float32), config.block_out_channels
     for name, order, resample, extra in (
-        ("encoder.down_blocks", channels, Downsample, 0),
-        ("decoder.up_blocks", channels[::-1], Upsample, 1),
+        ("encoder.down_blocks", channels, partial(Downsample, name="downsamplers.0"), 0),
+        ("decoder.up_blocks", channels[::-1], partial(Upsample, name="upsamplers.0"), 1),
     ):
         inputs = (order[0], *order[:-1])
         for i, (before, after) in enumerate(zip(inputs, order, strict=True)):
-            block = ResampleBlock(after, layers + extra, groups, resample if i + 1 < len(order) else None)
+            block = ResampleBlock(after, layers + extra, norm, resample if i + 1 < len(order) else None)
             check_block(case, block, f"{name}.{i}", before, 4, 6)
-    check_block(case, MidBlock(config), "decoder.mid_block", channels[-1], 3, 5)
+    check_block(case, mid_block(config), "decoder.mid_block", channels[-1], 3, 5)
 
 
 def test_resnet_with_and_without_shortcut(flux_like):
-    check_block(flux_like, ResnetBlock(8, 4), "encoder.down_blocks.1.resnets.0", 4, 5, 3, NO_TIME)
-    check_block(flux_like, ResnetBlock(8, 4), "encoder.down_blocks.1.resnets.1", 8, 5, 3, NO_TIME)
+    check_block(flux_like, ResnetBlock(8, partial(GroupNorm, 4)), "encoder.down_blocks.1.resnets.0", 4, 5, 3, NO_TIME)
+    check_block(flux_like, ResnetBlock(8, partial(GroupNorm, 4)), "encoder.down_blocks.1.resnets.1", 8, 5, 3, NO_TIME)
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 3)])

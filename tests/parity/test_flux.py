@@ -9,9 +9,10 @@ import pytest
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, weights
-from cocoedit_jax.models.flux import REMAT_POLICIES, DoubleBlock, SingleBlock, TimeTextEmbed
+from cocoedit_jax.models.blocks import REMAT_POLICIES, BlockInputs, DoubleStreamBlock
+from cocoedit_jax.models.flux import IMAGE, TEXT, SingleBlock, TimeTextEmbed
 from cocoedit_jax.models.layers import LORA, Modulation, layer_norm, modulate, rope_table
-from tests.parity.flux_cases import relative_error
+from tests.parity.transformer_cases import relative_error
 
 FORWARD, GRADIENT = 1e-5, 1e-4
 BLOCK_OPTIONS = (jnp.float32, "auto")
@@ -33,7 +34,7 @@ def streams(case):
     return types.SimpleNamespace(
         **arrays,
         torch={name: torch.from_numpy(array) for name, array in arrays.items()},
-        rope=tuple(jnp.asarray(a) for a in rope_table(case.ids, case.config.axes_dims_rope, case.config.theta)),
+        rope=rope_table(case.ids, case.config.axes_dims_rope, case.config.theta),
         reference_rope=case.reference.pos_embed(torch.from_numpy(case.ids).float()),
     )
 
@@ -50,8 +51,12 @@ def test_double_block(case, streams):
         expected_context, expected_x = block(
             streams.torch["x"], streams.torch["context"], streams.torch["temb"], streams.reference_rope
         )
-        (x, context), _ = jax.jit(DoubleBlock(case.config, *BLOCK_OPTIONS).apply)(
-            {"params": layer(params, "transformer_blocks", i)}, (streams.x, streams.context), streams.temb, streams.rope
+        cfg = case.config
+        ours = DoubleStreamBlock(cfg.hidden, cfg.mlp_hidden, cfg.num_attention_heads, IMAGE, TEXT, *BLOCK_OPTIONS)
+        (x, context), _ = jax.jit(ours.apply)(
+            {"params": layer(params, "transformer_blocks", i)},
+            (streams.x, streams.context),
+            BlockInputs(streams.temb, streams.rope),
         )
         assert relative_error(x, expected_x) < FORWARD
         assert relative_error(context, expected_context) < FORWARD
@@ -64,8 +69,7 @@ def test_single_block(case, streams):
         out, _ = jax.jit(SingleBlock(case.config, *BLOCK_OPTIONS).apply)(
             {"params": layer(params, "single_transformer_blocks", i)},
             np.concatenate([streams.context, streams.x], axis=1),
-            streams.temb,
-            streams.rope,
+            BlockInputs(streams.temb, streams.rope),
         )
         for ours, theirs in zip((out[:, : case.num_text], out[:, case.num_text :]), expected, strict=True):
             assert relative_error(ours, theirs) < FORWARD
@@ -90,7 +94,9 @@ def test_rope(case, streams):
 
 def test_norm_out(case, streams):
     expected = case.reference.norm_out(streams.torch["x"], streams.torch["temb"])
-    scale, shift = Modulation(2, case.config.hidden).apply({"params": case.params()["norm_out"]}, streams.temb)
+    scale, shift = Modulation(2 * case.config.hidden, num_chunks=2).apply(
+        {"params": case.params()["norm_out.linear"]}, streams.temb
+    )
     assert relative_error(modulate(layer_norm(jnp.asarray(streams.x)), shift, scale), expected) < FORWARD
 
 

@@ -44,7 +44,7 @@ def load(folder, pipeline, text_tokens=64, **options):
     table = {p: {"text": states[i].numpy(), "pooled": pooled[i].numpy()} for i, p in enumerate(PROMPTS)}
     editor = build_kontext(folder, PrecomputedText.of(table), dtype=jnp.float32, **options)
     mesh = make_mesh({"fsdp": 2, "tensor": 2})
-    return editor, load_params(folder, sharded_shapes(editor.abstract(), mesh))
+    return editor, load_params(folder, editor, lambda tree: sharded_shapes(tree, mesh))
 
 
 def picture(rng, height, width):
@@ -69,7 +69,7 @@ def test_edits_equal_diffusers(folder, pipeline, size):
     program = PictureEditor(editor, params, None, EditOptions(4, "euler", size, "own"))
     noise = np.stack([rng.standard_normal((editor.grid(*size).tokens, editor.token_channels)) for _ in PROMPTS])
     noise = noise.astype(np.float32)
-    ours = program([source, source], PROMPTS, jnp.asarray(noise), size, (80, 64))
+    ours = program([[source], [source]], PROMPTS, jnp.asarray(noise), (size, ((80, 64),)))
     theirs = pipeline(
         image=source, prompt=PROMPTS, height=height, width=width, max_area=height * width, _auto_resize=False,
         num_inference_steps=4, guidance_scale=guidance, latents=torch.from_numpy(noise), max_sequence_length=64,
@@ -90,8 +90,8 @@ def test_the_picture_is_resized_as_diffusers_does(folder, pipeline):
     noise = rng.standard_normal((1, editor.grid(*size).tokens, editor.token_channels)).astype(np.float32)
     own = (75 // 16 * 16, 52 // 16 * 16)
     program = PictureEditor(editor, params, None, EditOptions(2, "euler", size, "own"))
-    assert program.options.sizes(editor, 75, 52) == (size, own)
-    ours = program([source], PROMPTS[:1], jnp.asarray(noise), size, own)
+    assert program.options.sizes(editor, [(75, 52)]) == (size, (own,))
+    ours = program([[source]], PROMPTS[:1], jnp.asarray(noise), (size, (own,)))
     theirs = pipeline(
         image=source, prompt=PROMPTS[:1], height=64, width=48, max_area=64 * 48, _auto_resize=False,
         num_inference_steps=2, guidance_scale=2.5, latents=torch.from_numpy(noise), max_sequence_length=64,
@@ -111,9 +111,9 @@ def test_a_preferred_size_end_to_end(folder, pipeline):
     source = picture(rng, 1350, 1080)
     noise = rng.standard_normal((1, editor.grid(*size).tokens, editor.token_channels)).astype(np.float32)
     program = PictureEditor(editor, params, None, EditOptions(1, "euler", size))
-    target, seen = program.options.sizes(editor, 1350, 1080)
-    assert (target, seen) == (size, (1184, 880))
-    ours = program([source], PROMPTS[:1], jnp.asarray(noise), target, seen)
+    target, seen = program.options.sizes(editor, [(1350, 1080)])
+    assert (target, seen) == (size, ((1184, 880),))
+    ours = program([[source]], PROMPTS[:1], jnp.asarray(noise), (target, seen))
     theirs = pipeline(
         image=source, prompt=PROMPTS[:1], height=64, width=48, max_area=64 * 48, num_inference_steps=1,
         guidance_scale=2.5, latents=torch.from_numpy(noise), max_sequence_length=64, output_type="np",
@@ -145,7 +145,7 @@ def test_a_batch_is_written_as_it_comes(folder, pipeline, tmp_path):
     for number in range(3):
         path = tmp_path / f"in_{number}.png"
         picture(rng, 40, 40).save(path)
-        requests.append(EditRequest(path, PROMPTS[number % 2], tmp_path / "out" / f"{number}.png", seed=number))
+        requests.append(EditRequest((path,), PROMPTS[number % 2], tmp_path / "out" / f"{number}.png", seed=number))
     done = []
     options = EditOptions(2, "euler", (32, 32), "target", batch_size=2)
     sizes = check_pictures(requests)
@@ -155,7 +155,7 @@ def test_a_batch_is_written_as_it_comes(folder, pipeline, tmp_path):
     assert pixels(tmp_path / "out/2_side_by_side.png").shape == (32, 64, 3)
     # An edit depends on its own seed, not on its batch.
     alone = PictureEditor(editor, params, None, EditOptions(2, "euler", (32, 32), "target"))
-    edit_all(alone, [EditRequest(requests[1].image, PROMPTS[1], tmp_path / "alone.png", seed=1)], sizes[1:2])
+    edit_all(alone, [EditRequest(requests[1].images, PROMPTS[1], tmp_path / "alone.png", seed=1)], sizes[1:2])
     pair = [pixels(tmp_path / name) for name in ("alone.png", "out/1.png")]
     assert np.abs(pair[0] - pair[1]).max() <= 1
     assert not list(tmp_path.rglob("*.tmp*"))

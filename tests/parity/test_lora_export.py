@@ -13,8 +13,9 @@ from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.models import lora, lora_files, weights
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
 from cocoedit_jax.models.layers import LORA
-from tests.parity.flux_cases import draw_case, relative_error
+from tests.parity.flux_cases import draw_case
 from tests.parity.lora_cases import LATENT_CHANNELS, assert_same_adapter, build_pipeline, random_adapter
+from tests.parity.transformer_cases import relative_error
 
 # The adapter also matters in part: two of the targets must not bring the others back.
 TARGETS = {"all": lora.DEFAULT_TARGETS, "some": ("attn.to_v", "attn.to_add_out")}

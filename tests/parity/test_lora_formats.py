@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from cocoedit_jax.models import lora, lora_files, weights
 from cocoedit_jax.models.layers import LORA
 from cocoedit_jax.models.lora_formats import unread_by_diffusers
-from tests.parity.flux_cases import SEED, draw_case, relative_error
+from tests.parity.flux_cases import draw_case
 from tests.parity.lora_cases import (
     adapter_effects,
     assert_same_adapter,
@@ -22,6 +22,7 @@ from tests.parity.lora_cases import (
     random_adapter,
     write,
 )
+from tests.parity.transformer_cases import SEED, relative_error
 
 FORWARD = 1e-5
 BLOCKS = (

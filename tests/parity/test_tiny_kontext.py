@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.parity.flux_cases import SEED
 from tests.parity.tiny_kontext import save_tiny_kontext
+from tests.parity.transformer_cases import SEED
 
 
 @pytest.fixture

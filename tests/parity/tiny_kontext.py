@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.parity.flux_cases import randomise
+from tests.parity.transformer_cases import randomise
 
 # One letter each, so any prompt becomes many tokens and is soon too long; plus a few words.
 _LETTERS = string.ascii_letters + string.digits + ".,:;!?'-()"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.parity.flux_cases import randomise
+from tests.parity.transformer_cases import randomise
 
 EDIT, EDIT_PLUS = "QwenImageEditPipeline", "QwenImageEditPlusPipeline"
 _SPECIAL = (
@@ -125,9 +125,7 @@ class TinyProcessor:
         pictures = self.image_processor(images=images, return_tensors=return_tensors)
         sizes = iter((pictures["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())
         pieces = [line.split("<|image_pad|>") for line in text]
-        expanded = [
-            first + "".join("<|image_pad|>" * next(sizes) + piece for piece in rest) for first, *rest in pieces
-        ]
+        expanded = [first + "".join("<|image_pad|>" * next(sizes) + piece for piece in rest) for first, *rest in pieces]
         if next(sizes, None) is not None:
             raise ValueError("more pictures than <|image_pad|>")
         tokens = self.tokenizer(expanded, padding=padding, return_tensors=return_tensors)

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.flux import FluxConfig
-from cocoedit_jax.sharding.flops import flux_forward_flops, lora_gradient_flops, peak_flops
+from cocoedit_jax.sharding.flops import forward_flops, lora_gradient_flops, peak_flops
 from cocoedit_jax.sharding.mesh import AXES, make_mesh
 from cocoedit_jax.sharding.rules import partition_spec
 
@@ -43,13 +43,13 @@ def test_rules():
 def test_flops_of_kontext():
     """Kontext at 512 px with 128 text tokens is 31.4 TFLOP per forward; the block linears are 24 d^2 per token."""
     config = FluxConfig()
-    assert flux_forward_flops(config, 2176) == pytest.approx(31.4e12, rel=0.01)
-    assert flux_forward_flops(config, 8704) == pytest.approx(165.4e12, rel=0.01)
-    assert flux_forward_flops(config, 100, samples=3) == pytest.approx(3 * flux_forward_flops(config, 100))
+    assert forward_flops(config, 2176) == pytest.approx(31.4e12, rel=0.01)
+    assert forward_flops(config, 8704) == pytest.approx(165.4e12, rel=0.01)
+    assert forward_flops(config, 100, samples=3) == pytest.approx(3 * forward_flops(config, 100))
     # Frozen base: forward plus input gradients of the linears, three times attention.
     tokens, blocks = 2176, 57
     attention = blocks * 4 * tokens**2 * config.hidden
-    linear = flux_forward_flops(config, tokens) - attention
+    linear = forward_flops(config, tokens) - attention
     assert lora_gradient_flops(config, tokens) == pytest.approx(2 * linear + 3 * attention)
 
 
@@ -70,7 +70,7 @@ def test_flops_agree_with_the_compiler():
     analysis = compiled.cost_analysis()
     assert analysis is not None
     counted = analysis["flops"]
-    assert flux_forward_flops(shape, tokens + text) == pytest.approx(counted, rel=0.1)
+    assert forward_flops(shape, tokens + text) == pytest.approx(counted, rel=0.1)
 
 
 def test_peak_of_an_unknown_device_is_measured():

@@ -11,11 +11,13 @@ import pytest
 
 from cocoedit_jax.data import prepare
 from cocoedit_jax.data.records import read_metadata
-from cocoedit_jax.data.text_cache import TextCache, cache_folder
+from cocoedit_jax.data.text_cache import TextCache
 from cocoedit_jax.data.text_identity import text_identity
+from cocoedit_jax.data.text_kind import flux_kind
 from cocoedit_jax.errors import UserError
-from tests.parity.flux_cases import SEED
+from cocoedit_jax.models.text import Instruction
 from tests.parity.tiny_kontext import save_tiny_kontext
+from tests.parity.transformer_cases import SEED
 from torch_bridge.flux_text import FluxTextEncoder, encode_folder
 
 torch = pytest.importorskip("torch", reason="needs the [bridge] extra")
@@ -140,16 +142,16 @@ def test_command(model, data):
     assert first.returncode == 0, first.stderr
     assert "4 distinct prompts of 6 records" in first.stdout and "4 of them new" in first.stdout
     assert "1 of 7 records cannot be used: 1 x missing field" in first.stderr
-    folder = cache_folder(data, 128)
+    folder = flux_kind(128).folder(data)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     again = command(*options[:3])  # the dtype is the cache's
     assert again.returncode == 0 and "0 of them new" in again.stdout, again.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
-    cache = TextCache(folder, text_identity(model), 128)
+    cache = TextCache(data, flux_kind(128), text_identity(model))
     prompts = list(dict.fromkeys(record.prompt for record in read_metadata(data)[0]))
     text, pooled = FluxTextEncoder(model, 128, dtype="bfloat16", device="cpu")(prompts[:3])
-    found = cache(prompts)
+    found = cache([Instruction(prompt) for prompt in prompts])
     np.testing.assert_array_equal(found["text"][:3].view(np.uint16), text.view(np.uint16))
     np.testing.assert_array_equal(found["pooled"][:3].view(np.uint16), pooled.view(np.uint16))
     # The folder is still a data folder.
@@ -169,8 +171,8 @@ def test_a_new_prompt_is_added_and_a_cut_one_reported(model, tmp_path, capsys):
     capsys.readouterr()
     assert "1 of them new" in encode_folder(data, model, 128)
     assert "1 of 1 prompts are cut to 128 T5 tokens" in capsys.readouterr().err
-    cache = TextCache(cache_folder(data, 128))
-    assert [part.count for part in cache.header.parts] == [2, 1] and row["prompt"] in cache
+    cache = TextCache(data, flux_kind(128))
+    assert [part.count for part in cache.header.parts] == [2, 1] and Instruction(row["prompt"]) in cache
     other = save_tiny_kontext(tmp_path / "other", SEED + 1)
     with pytest.raises(UserError, match="made by text encoder"):
         encode_folder(data, other, 128)

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +17,9 @@ from cocoedit_jax.train.loop import train
 from cocoedit_jax.train.setup import build
 from configs.flux_kontext import get_config
 from tests.parity.tiny_kontext import save_tiny_kontext
+from tests.train.whole import SIZE, edit_noise, launch_edit, shrunk, strengthened
 
-ROOT = Path(__file__).resolve().parents[2]
-SIZE, TOKENS = 32, 16
+TOKENS = 16
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +40,7 @@ def data(model, tmp_path_factory):
 
 
 def config(model, data, preset="cocoedit", **overrides):
-    small = {
-        "model.path": str(model), "model.text_tokens": TOKENS, "model.dtype": "float32", "data.path": str(data),
-        "data.resolution": SIZE, "data.held_out": 0.3, "rollout.groups": 2, "rollout.group_size": 4,
-        "rollout.batch_size": 8, "rollout.steps": 3, "train.steps": 1, "train.micro_batch": 4, "lora.rank": 2,
-        "lora.alpha": 4, "mesh.data": 2, "mesh.fsdp": 2, "judge.name": "tests.train.test_kontext:red_judge",
-        "evaluation.scenes": 4, "evaluation.batch_size": 4, "evaluation.steps": 2, "checkpoint.every": 1,
-        "algorithm.timestep_fraction": 0.7, "algorithm.ban": False,
-    }  # fmt: skip
-    out = get_config(preset)
-    out.update_from_flattened_dict(small | overrides)
-    return out
-
-
-def red_judge():
-    """A judge that likes red pictures."""
-    from cocoedit_jax.rewards.judge import JudgeScore
-
-    return lambda requests: [JudgeScore(float(r.edited[..., 0].mean())) for r in requests]
+    return shrunk(get_config(preset), model, data, **{"model.text_tokens": TOKENS} | overrides)
 
 
 def test_one_step_resume_and_export(model, data, tmp_path):
@@ -98,40 +78,21 @@ def test_one_step_resume_and_export(model, data, tmp_path):
     source = Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
     picture = tmp_path / "in.png"
     source.save(picture)
-    stronger = _strengthened(folder, tmp_path / "stronger")
+    stronger = strengthened(folder, tmp_path / "stronger")
     edits = {}
     for name, lora in (("base", None), ("trained", stronger)):
         if lora is not None:
             pipe.load_lora_weights(lora)
-        arguments = [
-            sys.executable, "-m", "launch.edit", f"--model={model}", f"--image={picture}", "--prompt=make it red",
-            f"--out={tmp_path / name}.png", f"--size={SIZE}x{SIZE}", "--source_size=target",
-            "--steps=3", "--dtype=float32", "--seed=5",
-            f"--text_tokens={TOKENS}", *([f"--lora={lora}"] if lora else []),
-        ]  # fmt: skip
-        subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True, timeout=300)
-        tokens = (SIZE // 16) ** 2
-        noise = np.array(jax.random.normal(jax.random.key(5), (tokens, 64)))[None]
+        more = [f"--lora={lora}"] if lora else []
+        edits[name] = launch_edit(model, picture, tmp_path / f"{name}.png", f"--text_tokens={TOKENS}", *more)
         result: Any = pipe(
             image=source, prompt="make it red", height=SIZE, width=SIZE, max_area=SIZE**2, _auto_resize=False,
-            num_inference_steps=3, guidance_scale=2.5, latents=torch.from_numpy(noise), max_sequence_length=TOKENS,
+            num_inference_steps=3, guidance_scale=2.5, latents=torch.from_numpy(edit_noise()),
+            max_sequence_length=TOKENS,
         )  # fmt: skip
         theirs = result.images[0]
-        with Image.open(tmp_path / f"{name}.png") as file:
-            ours = np.asarray(file, np.int32)
-        assert np.abs(ours - np.asarray(theirs, np.int32)).max() <= 1  # of 255: a rounding apart
-        edits[name] = ours
+        assert np.abs(edits[name] - np.asarray(theirs, np.int32)).max() <= 1  # of 255: a rounding apart
     assert np.abs(edits["base"] - edits["trained"]).max() > 3
-
-
-def _strengthened(folder: Path, out: Path) -> Path:
-    """The LoRA with larger B: two steps from zero change no pixel of an 8-bit picture."""
-    from cocoedit_jax.models.lora_files import save_lora
-
-    adapter, cfg = load_lora(folder)
-    grow = lambda path, x: x * (300 if path[-1].key == "lora_B" else 1)  # noqa: E731
-    save_lora(out, jax.tree_util.tree_map_with_path(grow, adapter), cfg)
-    return out
 
 
 @pytest.mark.slow

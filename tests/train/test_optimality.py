@@ -6,6 +6,7 @@ import pytest
 from cocoedit_jax.data.groups import plan_samples
 from cocoedit_jax.models.editor import Conditioning
 from cocoedit_jax.models.quickstart import build_editor
+from cocoedit_jax.models.text import TextStates
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.train.optimality import judge_rollout, pack_step
 from cocoedit_jax.train.rollout import Rollout
@@ -99,7 +100,7 @@ def test_packing(invalid):
     out, (rollout, plan, batch, source, cfg) = judged(scores, ban=False, invalid=invalid)
     n = len(source[0])
     conditioning = Conditioning(
-        source=source, text=np.zeros((GROUPS, 2, 8)), pooled=np.arange(GROUPS)[:, None], guidance=np.ones(GROUPS)
+        source, TextStates(np.zeros((GROUPS, 2, 8)), np.arange(GROUPS)[:, None]), np.ones(GROUPS)
     )
     step, num_micro, count = pack_step(
         EDITOR, rollout, out, plan, batch, conditioning, cfg, 4, np.random.default_rng(0)
@@ -111,7 +112,7 @@ def test_packing(invalid):
     assert set(rows[valid].tolist()) == set(range(GROUPS * K)) - {2, 7}
     # Every row carries its own sample, record and threshold.
     np.testing.assert_array_equal(step.x0.reshape(-1, n, 48)[valid], rollout.x0[rows[valid]])
-    np.testing.assert_array_equal(step.conditioning.pooled.reshape(-1)[valid], plan.group[rows[valid]])
+    np.testing.assert_array_equal(step.conditioning.text.pooled.reshape(-1)[valid], plan.group[rows[valid]])
     # The loss holds to the source where the mask is 0: 1 means keep.
     np.testing.assert_array_equal(
         step.preserve_latent.reshape(-1, SIZE, SIZE)[valid], 1 - batch["edit_mask"][plan.group[rows[valid]]]
@@ -124,7 +125,7 @@ def test_dropping_saves_whole_micro_batches():
     scores = spread()
     scores[:K] = np.nan
     out, (rollout, plan, batch, source, cfg) = judged(scores, ban=False)
-    conditioning = Conditioning(source, np.zeros((GROUPS, 2, 8)), np.zeros((GROUPS, 1)), np.ones(GROUPS))
+    conditioning = Conditioning(source, TextStates(np.zeros((GROUPS, 2, 8)), np.zeros((GROUPS, 1))), np.ones(GROUPS))
     _, num_micro, count = pack_step(EDITOR, rollout, out, plan, batch, conditioning, cfg, 4, np.random.default_rng(0))
     assert (num_micro, count) == (2, 8)
 
@@ -132,7 +133,7 @@ def test_dropping_saves_whole_micro_batches():
 def test_thresholds_by_edit_type():
     out, (rollout, plan, batch, source, _) = judged(spread(), ban=False)
     cfg = preset("cocoedit").replace(tau_by_edit_type={"add": (0.5, 0.25)})
-    conditioning = Conditioning(source, np.zeros((GROUPS, 2, 8)), np.zeros((GROUPS, 1)), np.ones(GROUPS))
+    conditioning = Conditioning(source, TextStates(np.zeros((GROUPS, 2, 8)), np.zeros((GROUPS, 1))), np.ones(GROUPS))
     step, _, _ = pack_step(EDITOR, rollout, out, plan, batch, conditioning, cfg, 4, np.random.default_rng(0))
     first = plan.group[step.sample.reshape(-1)] == 0
     np.testing.assert_allclose(step.tau_pos.reshape(-1), np.where(first, 0.5, cfg.tau_pos))

@@ -1,21 +1,19 @@
 """Ahead-of-time compilation of the optimizer step: a tiny one against what it must hold, the real one by shape."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
-from cocoedit_jax.models.editor import KontextEditor
-from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
+from cocoedit_jax.models.layers import MODULATION
 from cocoedit_jax.models.quickstart import build_editor
-from cocoedit_jax.models.text import PrecomputedText
+from cocoedit_jax.models.qwen_edit import with_modulation_at
+from cocoedit_jax.models.weights import tensor_shapes
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.sharding.rules import sharded_shapes
-from cocoedit_jax.train.plan import StepShape, abstract_state, lower_step, memory
+from cocoedit_jax.train.plan import StepShape, abstract_state, lower_step, memory, published_editor
 from tests.train.tiny import SIZE, tiny_quickstart
 
 
@@ -40,31 +38,48 @@ def test_a_tiny_step_needs_its_parameters_state_and_batch():
     assert local_bytes(params["transformer"]) < 0.5 * local_bytes(whole["transformer"])
 
 
-def real_editor() -> KontextEditor:
-    transformer = FluxTransformer(FluxConfig(), dtype=jnp.bfloat16, remat="full", attention_backend="xla")
-    return KontextEditor(transformer, AutoencoderKL(), PrecomputedText.of({}))
+# tensors and parameters of the published checkpoint's transformer and (used) autoencoder, LoRA tensors and parameters
+PUBLISHED = {
+    "flux_kontext": ((1160, 11_901_408_320), (244, 83_819_683), (2 * 266, 52_297_728)),
+    "qwen_image_edit": ((1933, 20_430_401_088), (186, 44_599_603), (2 * 480, 94_371_840)),
+    "qwen_image_edit_2511": ((1933, 20_430_401_088), (186, 44_599_603), (2 * 480, 94_371_840)),
+}
 
 
-def test_the_real_model_by_shape():
-    """Counts of the published checkpoint: 11.9 billion parameters in 1160 tensors, 83.8 million in 244."""
-    from cocoedit_jax.models.weights import tensor_shapes
+def count(tree) -> tuple[int, int]:
+    shapes = tensor_shapes(tree)
+    return len(shapes), sum(int(np.prod(shape)) for shape in shapes.values())
 
-    params = nn.unbox(real_editor().abstract())
-    for part, tensors, parameters in (("transformer", 1160, 11_901_408_320), ("autoencoder", 244, 83_819_683)):
-        shapes = tensor_shapes(params[part])
-        assert len(shapes) == tensors
-        assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
-    adapter = jax.eval_shape(
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_the_real_models_by_shape(kind):
+    transformer, autoencoder, adapter = PUBLISHED[kind]
+    editor = published_editor(kind)
+    params = nn.unbox(editor.abstract())
+    assert count(params["transformer"]) == transformer
+    assert count(params["autoencoder"]) == autoencoder
+    made = jax.eval_shape(
         lambda key: lora.init_adapter(key, params["transformer"], lora.LoraConfig(32, 64)), jax.random.key(0)
     )
-    assert sum(x.size for x in jax.tree.leaves(adapter)) == 52_297_728
-    assert len(tensor_shapes(adapter)) == 2 * 266
+    assert count(made) == adapter
+
+
+def test_precomputed_modulation_leaves_two_thirds_of_qwen():
+    editor = published_editor("qwen_image_edit")
+    grid = editor.grid(512, 512)
+    tabled = with_modulation_at(editor, [editor.sigmas(10, grid)])
+    params = nn.unbox(tabled.abstract())
+    in_bytes = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    assert in_bytes(nn.unbox(editor.abstract())["transformer"]) == pytest.approx(40.86e9, rel=1e-3)
+    assert in_bytes(params["transformer"]) == pytest.approx(27.2e9, rel=2e-3)
+    assert in_bytes(params[MODULATION]) == pytest.approx(10 * 2 * (60 * 12 + 2) * 3072, rel=1e-3)  # 10 sigmas, bf16
 
 
 @pytest.mark.slow
-def test_the_real_step_lowers_on_a_mesh():
+@pytest.mark.parametrize("kind", ["flux_kontext", "qwen_image_edit_2511"])
+def test_the_real_step_lowers_on_a_mesh(kind):
     lowered = lower_step(
-        real_editor(), preset("cocoedit"), lora.LoraConfig(32, 64), StepShape(micro_batch=2, samples=4),
+        published_editor(kind), preset("cocoedit"), lora.LoraConfig(32, 64), StepShape(micro_batch=2, samples=4),
         make_mesh({"data": 2, "fsdp": 4}),
     )  # fmt: skip
     assert "while" in lowered.as_text()

@@ -6,6 +6,7 @@ import numpy as np
 
 from cocoedit_jax.data.groups import plan_samples
 from cocoedit_jax.models.quickstart import build_editor
+from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.rewards.judge import JudgeScore
 from cocoedit_jax.rewards.pixel import pixel_reward
@@ -41,7 +42,9 @@ def roll(batch_size: int, devices: int):
         return [JudgeScore(float(r.edited.mean())) for r in requests]
 
     queue = RewardQueue(judge, preset("cocoedit"))
-    conditioning = EDITOR.encode(params, jnp.asarray(batch["image"]), EDITOR.text_inputs(batch["prompt"]))
+    conditioning = EDITOR.encode(
+        params, jnp.asarray(batch["image"]), EDITOR.text_inputs([Instruction(prompt) for prompt in batch["prompt"]])
+    )
     plan = plan_samples(np.arange(GROUPS), K)
     out = collect(sampler, params, None, conditioning, plan, batch, jax.random.key(3), queue, batch_size)
     queue.close()

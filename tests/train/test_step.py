@@ -11,6 +11,7 @@ import pytest
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.editor import Conditioning
 from cocoedit_jax.models.quickstart import build_editor
+from cocoedit_jax.models.text import TextStates
 from cocoedit_jax.nft.objective import ObjectiveInputs, nft_objective
 from cocoedit_jax.nft.policy import blend
 from cocoedit_jax.nft.presets import PRESETS, preset
@@ -50,8 +51,9 @@ def random_batch(token_r: bool, seed: int = 0) -> StepBatch:
         x0=normal(tokens, 48),
         conditioning=Conditioning(
             source=normal(tokens, 48),
-            text=normal(tiny_quickstart().max_words, shape.joint_attention_dim),
-            pooled=normal(shape.pooled_projection_dim),
+            text=TextStates(
+                normal(tiny_quickstart().max_words, shape.joint_attention_dim), normal(shape.pooled_projection_dim)
+            ),
             guidance=np.ones((NUM_MICRO, MICRO), np.float32),
         ),
         preserve_latent=(uniform(SIZE, SIZE) > 0.3).astype(np.float32),

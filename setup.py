@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "cocoedit_jax/__init__.py").read_text())[0]
 
+JUDGE = ["starlette>=1.0,<2", "uvicorn>=0.54,<1", "pydantic>=2.11,<3", "prometheus_client>=0.22,<1"]
 BRIDGE = ["diffusers>=0.42,<0.43", "transformers>=5.23,<6", "peft>=0.21,<0.22", "accelerate>=1.15,<2"]
 
 setup(
@@ -19,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cocoedit_jax*", "launch*", "torch_bridge*"]) + ["configs"],
-    package_data={"cocoedit_jax": ["assets/**/*"]},
+    package_data={"cocoedit_jax": ["assets/**/*", "rewards/prompts/*"]},
     install_requires=[
         # flax up to 0.12.8 subclasses a class that jax 0.11 no longer has.
         "jax>=0.10.2,<0.11",
@@ -30,6 +31,7 @@ setup(
         "ml_collections>=1.1,<2",
         "absl-py>=2.1",
         "array-record>=0.8.1",
+        "httpx2>=2.0,<3",  # the HTTP client that huggingface_hub uses
         "huggingface_hub>=1.0,<3",
         "ml_dtypes>=0.5",
         "numpy>=2.0,<3",
@@ -44,6 +46,7 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "bridge": ["torch>=2.13,<2.14", *BRIDGE],
+        "judge": JUDGE,
         "test": [
             "pytest>=9,<10",
             "ruff>=0.17,<0.18",
@@ -51,6 +54,7 @@ setup(
             "scikit-image>=0.26",
             "torch==2.13.0",  # parity and golden numbers are compared to the last digits
             *BRIDGE,
+            *JUDGE,
         ],
     },
 )

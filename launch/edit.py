@@ -79,10 +79,9 @@ def _encode(folder: Path, kind: str, requests: Sequence[EditRequest]) -> "Precom
         from torch_bridge.flux_text import encode_prompts
 
         return encode_prompts(folder, [request.prompt for request in requests], _TEXT_TOKENS.value)
-    from torch_bridge.qwen_text import encode_edits
-
     from cocoedit_jax.inference.edit import picture_names
     from cocoedit_jax.models.text import Instruction
+    from torch_bridge.qwen_text import encode_edits
 
     pictures = {picture_names(request): request.images for request in requests}
     return encode_edits(

@@ -15,7 +15,8 @@ from cocoedit_jax.data.text_record import Row
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.text import Instruction, PrecomputedText
 from torch_bridge.encode import cache_text, precompute
-from torch_bridge.text_encoder import TextEncoder, load_pretrained
+from torch_bridge.loading import load_pretrained
+from torch_bridge.text_encoder import TextEncoder
 
 T5_TOKENS = 512  # the most that diffusers' pipeline accepts
 

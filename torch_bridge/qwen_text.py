@@ -2,7 +2,7 @@
 QwenImageEditPipeline and QwenImageEditPlusPipeline make them, and the command that caches them for a data folder.
 
 The rotary positions of Qwen2.5-VL are three-dimensional in pictures. transformers 5 builds them only where
-``mm_token_type_ids`` marks the picture's tokens, which diffusers 0.42 does not pass; the models were trained, and
+it is told which tokens are a picture's, which diffusers 0.42 does not do; the models were trained, and
 CoCoEdit's released ones too, with the version before. So what is computed here is what they were trained with.
 """
 
@@ -25,7 +25,8 @@ from cocoedit_jax.models.text import Instruction, PrecomputedText
 from cocoedit_jax.reporting.telemetry import progress
 from torch_bridge import require_torch
 from torch_bridge.encode import cache_text, precompute
-from torch_bridge.text_encoder import TextEncoder, load_pretrained
+from torch_bridge.qwen_vl import QwenVLProcessor
+from torch_bridge.text_encoder import TextEncoder
 
 _SYSTEM = (
     "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
@@ -79,19 +80,16 @@ class QwenTextEncoder(TextEncoder):
     def __init__(self, model_dir: Path | str, *, dtype: str | None = None, device: str | None = None) -> None:
         self.template = qwen_template(model_dir)
         super().__init__(model_dir, dtype=dtype, device=device)
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        from transformers import Qwen2_5_VLForConditionalGeneration
 
         processor = self._root / "processor"
         has_tokenizer = (processor / "tokenizer_config.json").is_file()
-        self._tokenizer = load_pretrained(Qwen2Tokenizer, processor if has_tokenizer else self._root / "tokenizer")
-        # transformers' whole processor needs torchvision, for videos; this one is all that pictures need.
-        self._pictures = load_pretrained(Qwen2VLImageProcessorPil, processor)
+        self._processor = QwenVLProcessor.load(processor if has_tokenizer else self._root / "tokenizer", processor)
         # The head (lm_head) is not needed, and stays off the device.
         self._load_model(Qwen2_5_VLForConditionalGeneration, "text_encoder", inner="model")
-        self._picture_token = int(self._models["text_encoder"].config.image_token_id)
-        if self._tokenizer.convert_tokens_to_ids("<|image_pad|>") != self._picture_token:
-            raise UserError(f"{processor}: <|image_pad|> is not token {self._picture_token}, as text_encoder expects")
+        expected = int(self._models["text_encoder"].config.image_token_id)
+        if self._processor.image_token_id != expected:
+            raise UserError(f"{processor}: <|image_pad|> is not token {expected}, as text_encoder expects")
 
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], max_tokens: int | None = None
@@ -104,7 +102,7 @@ class QwenTextEncoder(TextEncoder):
         Args:
             max_tokens: states that are kept of each, from the first one on; None: all. Released training keeps 256.
         """
-        template, torch = TEMPLATES[self.template], self._torch
+        template = TEMPLATES[self.template]
         for prompt, pictures in zip(prompts, images, strict=True):
             if not pictures or len(pictures) > 1 and not template.several:
                 expected = "one or more" if template.several else "one"
@@ -113,32 +111,16 @@ class QwenTextEncoder(TextEncoder):
                 )
             if reserved := [token for token in _RESERVED if token in prompt]:
                 raise UserError(f"prompt {prompt!r} contains {reserved[0]}, which stands for a picture; remove it")
-        flat = [resize_to_area(image, template.area) for pictures in images for image in pictures]
-        seen = self._pictures(images=flat, return_tensors="pt")
-        sizes = iter((seen["image_grid_thw"].prod(-1) // self._pictures.merge_size**2).tolist())
-        lists = []
+        inputs = []
         for prompt, pictures in zip(prompts, images, strict=True):
             names = "".join(template.picture.format(number + 1) for number in range(len(pictures)))
-            ids = self._tokenizer(f"{_BEFORE}{names}{prompt}{_AFTER}", verbose=False).input_ids
-            repeats = [next(sizes) if token == self._picture_token else 1 for token in ids]
-            lists.append(np.repeat(ids, repeats))
+            seen = [resize_to_area(image, template.area) for image in pictures]
+            inputs.append(self._processor(f"{_BEFORE}{names}{prompt}{_AFTER}", seen))
         # Padding follows the text: no token sees what comes after it.
-        lengths = [len(ids) for ids in lists]
-        ids = torch.zeros((len(lists), max(lengths)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(lists):
-            ids[row, : len(tokens)] = torch.from_numpy(tokens)
-            mask[row, : len(tokens)] = 1
-        model = self._models["text_encoder"]
-        with self._running(len(lists)):
-            states = model(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                mm_token_type_ids=(ids == self._picture_token).int().to(self.device),
-                pixel_values=seen["pixel_values"].to(self.device),
-                image_grid_thw=seen["image_grid_thw"].to(self.device),
-                use_cache=False,
-            ).last_hidden_state
+        batch = self._processor.batch(inputs, self.device, padding_side="right")
+        with self._running(len(inputs)):
+            states = self._models["text_encoder"](**batch, use_cache=False).last_hidden_state
+        lengths = [len(prompt.input_ids) for prompt in inputs]
         ends = [min(length, SYSTEM_TOKENS + (max_tokens or length)) for length in lengths]
         return [self._to_numpy(row[SYSTEM_TOKENS:end]) for row, end in zip(states, ends, strict=True)]
 

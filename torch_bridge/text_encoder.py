@@ -16,16 +16,7 @@ from cocoedit_jax.data.text_record import DTYPES, Row
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.text import Instruction
 from torch_bridge import require_torch
-
-
-def default_device() -> str:
-    """The GPU if PyTorch finds one."""
-    return "cuda" if require_torch().cuda.is_available() else "cpu"
-
-
-def default_dtype(device: str) -> str:
-    """bfloat16 on a GPU; float32 on a CPU, where bfloat16 is slow."""
-    return "bfloat16" if device.startswith("cuda") else "float32"
+from torch_bridge.loading import default_device, default_dtype, load_model
 
 
 class TextEncoder(ABC):
@@ -67,25 +58,7 @@ class TextEncoder(ABC):
 
     def _load_model(self, model_class: Any, part: str, inner: str | None = None) -> None:
         """Puts the model in the folder `part`, or only its attribute `inner`, on the device as `self._models[part]`."""
-        folder = self._root / part
-        model, info = load_pretrained(
-            model_class,
-            folder,
-            dtype=getattr(self._torch, self.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        kept = model if inner is None else getattr(model, inner)
-        prefix = "" if inner is None else f"{inner}."
-        missing = sorted(name for name in info["missing_keys"] if name.startswith(prefix))
-        if missing:  # transformers would go on with random ones
-            names = ", ".join(missing[:3])
-            raise UserError(f"{folder}: {len(missing)} tensor(s) of {model_class.__name__} are missing: {names}")
-        del model
-        try:
-            self._models[part] = kept.eval().to(self.device)
-        except self._torch.OutOfMemoryError as error:
-            raise UserError(f"{folder}: does not fit into the memory of {self.device}") from error
+        self._models[part] = load_model(model_class, self._root / part, self.dtype, self.device, inner)
 
     @contextmanager
     def _running(self, count: int) -> Iterator[None]:
@@ -102,12 +75,3 @@ class TextEncoder(ABC):
         tensor = tensor.cpu().contiguous().to(getattr(self._torch, self.dtype))
         bits = {2: self._torch.int16, 4: self._torch.int32}[target.itemsize]
         return tensor.view(bits).numpy().view(target)
-
-
-def load_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
-    """`cls.from_pretrained` of local files. Raises UserError when that is not possible."""
-    try:
-        return cls.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # transformers raises anything, from KeyError to SafetensorError
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: cannot be loaded as {cls.__name__}: {first_line}") from error

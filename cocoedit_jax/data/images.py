@@ -14,7 +14,7 @@ from PIL import Image
 
 from cocoedit_jax.errors import UserError
 
-__all__ = ["DataFault", "Framing", "crop_box", "load_pair", "make_buckets", "nearest_bucket"]
+__all__ = ["DataFault", "Framing", "as_rgb", "crop_box", "load_pair", "make_buckets", "nearest_bucket"]
 
 KEEP_THRESHOLD = 128  # mask values from here on (of 255) mean "keep"
 _EXIF_ORIENTATION = 0x0112
@@ -111,7 +111,7 @@ def load_pair(
     with _opened(image_path, "image") as file:
         turn = _UPRIGHT.get(file.getexif().get(_EXIF_ORIENTATION, 1))
         stored_size = file.size
-        image = _as_rgb(file)
+        image = as_rgb(file)
     if turn is not None:
         image = image.transpose(turn)
     with _opened(mask_path, "mask") as file:
@@ -151,7 +151,8 @@ def _opened(path: Path, role: str) -> Iterator[Image.Image]:
         raise DataFault("unreadable image", f"{role} {path}: {error}") from error
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Three channels of 8 bits: 16-bit gray is scaled, transparency put on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _as_gray(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -20,7 +20,7 @@ from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.reporting.telemetry import progress
-from cocoedit_jax.rewards.judge import Judge, make_judge
+from cocoedit_jax.rewards.judge import Judge, judge_hook, judge_options, make_judge
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.config_checks import check_config
 from cocoedit_jax.train.editors import EDITORS, check_sizes
@@ -70,7 +70,7 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
 def _usable(found: RecordSet, editor: Editor, judge: Judge, strict: bool) -> tuple[Record, ...]:
     """The records that model and judge can take. Faults are printed, or refused if ``strict`` or if none is left."""
     records, faults = [], list(found.faults)
-    judge_fault = getattr(judge, "fault", lambda extra: None)
+    judge_fault = judge_hook(judge, "fault")
     for record in found.records:
         reasons = {
             "instruction": editor.text.fault(Instruction(record.prompt, record.image_name)),
@@ -112,7 +112,7 @@ def build(config: ConfigDict) -> Setup:
         raise UserError(f"{jax.process_count()} processes; this trainer runs in one process, on all of its devices")
     mesh = make_mesh(config.mesh.to_dict())
     algorithm = check_config(config, mesh, tuple(EDITORS))
-    judge = make_judge(**config.judge.to_dict())
+    judge = make_judge(**judge_options(config.judge.to_dict()))
     framing = Framing(config.data.resolution, config.data.crop, divisor=16)
     found = load_records(config, framing)
     editor, load_params = EDITORS[config.model.kind](config, mesh, found.root, framing)
@@ -125,6 +125,7 @@ def build(config: ConfigDict) -> Setup:
             f"{found.root}: {len(train)} records to train on and {len(held_out)} held out; expected at least "
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
+    judge_hook(judge, "start")()
     params = load_params()
     return Setup(
         config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, editor, params,

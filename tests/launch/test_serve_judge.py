@@ -1,0 +1,155 @@
+"""The commands as processes: the fake judge without PyTorch, drained, killed and started again, and measured."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+
+from cocoedit_jax.rewards.judge import JudgeRequest
+from cocoedit_jax.rewards.vlm_judge import VlmJudge
+from tests.torch_bridge.judge_server.helpers import ROOT, FakeProcess, expectation, judge_request, square, wait_until
+
+REFUSED = "judge_connections_refused_total "
+GOOD = judge_request(square((0, 0, 255)), square((255, 0, 0)))
+
+
+def post(url, body=GOOD, **options):
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30, trust_env=False, **options)
+
+
+def command(name, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", f"launch.{name}", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_told_to_end_it_finishes_what_it_has(tmp_path):
+    with FakeProcess(tmp_path, "--fake_delay=0.5", "--max_batch=1") as server:
+        replies = []
+        threads = [threading.Thread(target=lambda: replies.append(post(server.url))) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        metrics = f"{server.url}/metrics"
+        wait_until(lambda: "judge_queue_depth 2.0" in httpx.get(metrics, trust_env=False).text)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        with pytest.raises(httpx.TransportError):
+            post(server.url)
+        for thread in threads:
+            thread.join()
+        assert [reply.status_code for reply in replies] == [200] * 3
+        out, err = server.process.communicate(timeout=20)
+        assert server.process.returncode == 0 and out == "stopped\n" and err == ""
+
+
+def test_a_drain_that_takes_too_long_is_ended(tmp_path):
+    with FakeProcess(tmp_path, "--fake_delay=60", "--drain_seconds=1") as server:
+        replies = []
+        asking = threading.Thread(target=lambda: replies.append(_status(server.url)))
+        asking.start()
+        wait_until(lambda: "judge_connections 2.0" in httpx.get(f"{server.url}/metrics", trust_env=False).text)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(15) == 1
+        asking.join()
+        assert replies[0] in (500, None)  # a client tries again
+
+
+def test_ten_thousand_connections(tmp_path):
+    count = 10_000
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < count + 200:
+        pytest.skip(f"needs more than {count} open files")
+    with FakeProcess(tmp_path, "--max_connections=200", "--head_seconds=1") as server:
+        sockets = []
+        try:
+            for _ in range(count):
+                sockets.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
+            with contextlib.suppress(OSError):
+                sockets[0].sendall(b"GET / HTTP/1.1\r\n")
+            open_files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+            assert open_files < 300
+            wait_until(lambda: _status(server.url) == 200)
+            text = httpx.get(f"{server.url}/metrics", trust_env=False).text
+            refused = float(next(line for line in text.splitlines() if line.startswith(REFUSED)).split()[1])
+            assert count - 2 * 200 <= refused <= count + 100
+        finally:
+            for connection in sockets:
+                connection.close()
+
+
+def _status(url):
+    try:
+        return post(url).status_code
+    except httpx.TransportError:
+        return None
+
+
+def test_killed_and_started_again(tmp_path):
+    with FakeProcess(tmp_path, "--fake_delay=5") as server:
+        url, port = server.url, server.port
+        threading.Timer(0.5, server.process.kill).start()
+        with pytest.raises(httpx.TransportError):
+            post(url)
+        server.process.wait(10)
+    (tmp_path / "key").write_text("secret\n")
+    with FakeProcess(tmp_path, f"--key_file={tmp_path / 'key'}", port=port) as server:
+        assert server.url == url and post(url).status_code == 401
+        reply = post(url, headers={"Authorization": "Bearer secret"})
+        assert reply.status_code == 200 and expectation(reply.json())[0] > 0.9
+        # A trainer's judge is content with it: capabilities, canaries, scores.
+        judge = VlmJudge(f"{url}/v1", key_file=str(tmp_path / "key"))
+        judge.start()
+        before, after = (np.asarray(square(colour)) for colour in ((0, 0, 255), (255, 0, 0)))
+        pairs = [(before, after), (before, before)]
+        good, none = judge([JudgeRequest(*pair, "make the square red") for pair in pairs])
+        judge.close()
+        assert good.score is not None and good.score > 0.9 and none.score == pytest.approx(0)
+        # The other command on it.
+        flags = (
+            f"--endpoint={url}/v1",
+            "--requests=20",
+            "--concurrency=4",
+            "--size=32",
+            f"--json={tmp_path / 'b.json'}",
+        )
+        done = command("bench_judge", *flags, f"--key_file={tmp_path / 'key'}")
+        assert done.returncode == 0, done.stderr
+        result = json.loads((tmp_path / "b.json").read_text())
+        assert result["answered"] == 20 and result["failed"] == {} and result["without_logprobs"] == 0
+        latency = result["latency_ms"]
+        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
+        assert result["images_per_s"] == pytest.approx(40 / result["seconds"])
+        assert "p50" in done.stdout and "images/s" in done.stdout and "20/20" in done.stderr
+        refused = command("bench_judge", f"--endpoint={url}/v1", "--requests=1")
+        assert refused.returncode == 1 and "field 'authorization'" in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ((), "--model and --fake: give one of them"),
+        (("--fake", "--model=x"), "--model and --fake: give one of them"),
+        (("--fake", "--host=0.0.0.0"), "--host=0.0.0.0: other machines could use the server"),
+        (("--fake", "--key_env=COCOEDIT_NO_SUCH_KEY"), "COCOEDIT_NO_SUCH_KEY"),
+        (("--model=no/such-model",), "'no/such-model': no such folder, and not in the Hugging Face cache"),
+    ],
+)
+def test_bad_flags(flags, text):
+    done = command("serve_judge", *flags)
+    assert done.returncode == 1 and text in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -110,7 +110,7 @@ def tiny_image_processor() -> Any:
 
 
 def mark_pictures(encoder: Any) -> None:
-    """Tells ``encoder`` which tokens are a picture's, which diffusers' pipelines do not: see ``torch_bridge.qwen_text``."""
+    """Tells ``encoder`` which tokens are a picture's; diffusers' pipelines do not (``torch_bridge.qwen_text``)."""
     plain = encoder.forward
 
     def forward(input_ids: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any
 
 import httpx2 as httpx
 import numpy as np
@@ -112,7 +113,7 @@ def test_killed_and_started_again(tmp_path):
         reply = post(url, headers={"Authorization": "Bearer secret"})
         assert reply.status_code == 200 and expectation(reply.json())[0] > 0.9
         # A trainer's judge is content with it: capabilities, canaries, scores.
-        judge = VlmJudge(f"{url}/v1", key_file=str(tmp_path / "key"))
+        judge: Any = VlmJudge(f"{url}/v1", key_file=str(tmp_path / "key"))
         judge.start()
         before, after = (np.asarray(square(colour)) for colour in ((0, 0, 255), (255, 0, 0)))
         pairs = [(before, after), (before, before)]

@@ -1,6 +1,5 @@
 """The commands as processes: the fake judge without PyTorch, drained, killed and started again, and measured."""
 
-import contextlib
 import json
 import os
 import resource
@@ -23,7 +22,6 @@ from cocoedit_jax.rewards.judge_bench import find_model
 from cocoedit_jax.rewards.vlm_judge import VlmJudge
 from tests.torch_bridge.judge_server.helpers import ROOT, FakeProcess, expectation, judge_request, square, wait_until
 
-REFUSED = "judge_connections_refused_total "
 GOOD = judge_request(square((0, 0, 255)), square((255, 0, 0)))
 
 
@@ -83,14 +81,16 @@ def test_ten_thousand_connections(tmp_path):
         try:
             for _ in range(count):
                 sockets.append(socket.create_connection(("127.0.0.1", server.port), timeout=10))
-            with contextlib.suppress(OSError):
-                sockets[0].sendall(b"GET / HTTP/1.1\r\n")
             open_files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
             assert open_files < 300
             wait_until(lambda: _status(server.url) == 200)
             text = httpx.get(f"{server.url}/metrics", trust_env=False).text
-            refused = float(next(line for line in text.splitlines() if line.startswith(REFUSED)).split()[1])
-            assert count - 2 * 200 <= refused <= count + 100
+            counted = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+            refused, slow = (
+                float(counted[f"judge_{name}_total"]) for name in ("connections_refused", "slow_connections")
+            )
+            # Places of those that were cut off for their silence were taken by others.
+            assert refused > count / 2 and count - 210 <= refused + slow <= count + 100
         finally:
             for connection in sockets:
                 connection.close()

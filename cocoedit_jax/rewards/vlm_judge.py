@@ -34,7 +34,7 @@ from cocoedit_jax.rewards.judge_score import digit_score, top_tokens
 from cocoedit_jax.rewards.score_cache import ScoreCache
 
 _LOG = logging.getLogger(__name__)
-_KEPT_IMAGES = 512  # encoded images kept in memory: the edits of a group share their source
+_KEPT_IMAGES = 64  # encoded images kept in memory: the edits of a group share their source
 _LOGGED = 3  # invalid answers of a call that are logged in full
 
 
@@ -261,7 +261,7 @@ class VlmJudge:
 
     def _judgement(self, reply: ChatReply) -> dict[str, float] | str:
         if reply.failure is not None:
-            return str(reply.failure)
+            return f"{reply.failure}{hint(reply.failure) if reply.failure.fatal else ''}"
         if reply.logprobs is None:
             return f"no_logprobs: {reply.endpoint} sent a reply without them"
         found = digit_score(reply.logprobs[0])
@@ -311,33 +311,31 @@ class VlmJudge:
         urls = self._client.endpoints
         if len(urls) > 1:  # one server that is down does not hold up the others
             deadline_s = min(deadline_s, 2 * self._timeout)
-        marked, requests = [], []
-        for kind, *pair in canary_pairs():
-            for messages in self._canary_messages(*pair):
-                for url in urls:
-                    marked.append((url, kind))
-                    requests.append(self._request(messages, endpoint=url))
+        asked = [(url, kind, self._canary_messages(*pair)) for url in urls for kind, *pair in canary_pairs()]
+        requests = [self._request(each, endpoint=url) for url, _, messages in asked for each in messages]
+        outcomes = iter([self._judgement(reply) for reply in self._client.complete_all(requests, deadline_s)])
         scores: dict[str, dict[str, list[float]]] = {url: {"good": [], "bad": [], "swapped": []} for url in urls}
-        silent: dict[str, str] = {}
-        for (url, kind), reply in zip(marked, self._client.complete_all(requests, deadline_s), strict=True):
-            outcome = self._judgement(reply)
-            if isinstance(outcome, str):
-                silent[url] = outcome + (hint(reply.failure) if reply.failure else "")
+        reasons: dict[str, str] = {}
+        for url, kind, messages in asked:
+            answers = [next(outcomes) for _ in messages]
+            values = [answer["score"] for answer in answers if not isinstance(answer, str)]
+            if len(values) == len(answers):
+                scores[url][kind].append(COMBINE[self._prompt.combine](values))
             else:
-                scores[url][kind].append(outcome["score"])
-        problems = [self._canary_problem(url, found) for url, found in scores.items() if url not in silent]
+                reasons[url] = next(answer for answer in answers if isinstance(answer, str))
+        # One answer that is missing is bad luck; a kind without any is a server that does not judge.
+        silent = [url for url, found in scores.items() if not all(found.values())]
+        problems = [self._canary_problem(url, scores[url]) for url in urls if url not in silent]
         problems = [problem for problem in problems if problem]
         if problems or len(silent) == len(urls):
-            problems += [f"{url} did not judge the test pictures ({why})" for url, why in silent.items()]
+            problems += [f"{url} did not judge the test pictures ({reasons[url]})" for url in silent]
             raise UserError("\n".join(f"judge 'vlm': {problem}" for problem in problems))
-        for url, why in silent.items():
-            _LOG.warning("%s did not judge the test pictures (%s)", url, why)
+        for url in silent:
+            _LOG.warning("%s did not judge the test pictures (%s)", url, reasons[url])
 
     def _canary_problem(self, url: str, scores: Mapping[str, list[float]]) -> str | None:
-        n, combine = len(self._prompt.questions), COMBINE[self._prompt.combine]
-        mean = {k: np.mean([combine(v[i : i + n]) for i in range(0, len(v), n)]) for k, v in scores.items()}
-        worst = max(mean["bad"], mean["swapped"])
-        if mean["good"] >= worst + self._canary_margin:
+        mean = {kind: float(np.mean(values)) for kind, values in scores.items()}
+        if mean["good"] >= max(mean["bad"], mean["swapped"]) + self._canary_margin:
             return None
         found = ", ".join(f"{kind} {value:.3f}" for kind, value in mean.items())
         return (

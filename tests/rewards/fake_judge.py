@@ -84,7 +84,8 @@ class FakeJudge:
     def __init__(self, port: int = 0, scorer: Callable[[dict[str, Any]], float] = true_score):
         self.faults: list[str] = []
         self.always = ""  # a fault of every chat request
-        self.share, self.random_faults, self.rng = 0.0, TRANSIENT, random.Random(0)
+        self.share, self.rng = 0.0, random.Random(0)
+        self.random_faults: Sequence[str] = TRANSIENT
         self.scorer, self.delay, self.retry_after = scorer, 0.0, "0.05"
         self.models = [MODEL]
         self.reply: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda body: None  # in place of its own

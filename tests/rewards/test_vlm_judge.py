@@ -66,7 +66,7 @@ def started(server):
 
 
 @pytest.fixture(scope="module")
-def truth() -> list[float]:
+def truth() -> list[float | None]:
     """The scores of ``requests()`` by a server without faults."""
     with FakeJudge() as server:
         j = judge(server.url)
@@ -363,7 +363,8 @@ def test_the_edits_of_a_group_stay_on_one_replica(server):
         server.delay = other.delay = 0.01
         j = judge(server.url, other.url, concurrency=8)
         j.start()
-        server.bodies.clear(), other.bodies.clear()
+        server.bodies.clear()
+        other.bodies.clear()
         j(requests(32))
         j(requests(32, seed=1))
         j.close()

@@ -143,10 +143,8 @@ def test_fifty_steps_under_random_faults(tiny_base, tiny_data, tmp_path, monkeyp
         "judge/invalid/low_mass", "judge/invalid/no_logprobs",
     }  # fmt: skip
     # Every score, of evaluations too, is the one that a server without faults gives.
-    assert len(judged) == 800 + 2 * 4
-    scored = [(request, answer) for request, answer in judged if answer.valid]
-    assert len(scored) == 808 - sum(not answer.valid for _, answer in judged)
-    for request, answer in scored:
-        assert answer.score == pytest.approx(expected(request), abs=1e-9)
+    assert len(judged) == 800 + 2 * 8  # an evaluation fills its batch of 8
+    for request, answer in judged:
+        assert not answer.valid or answer.score == pytest.approx(expected(request), abs=1e-9)
     page = (run / "report.html").read_text()
     assert "invalid: low_mass" in page and "<td>all samples</td><td>800</td>" in page

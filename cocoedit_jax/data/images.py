@@ -14,7 +14,7 @@ from PIL import Image
 
 from cocoedit_jax.errors import UserError
 
-__all__ = ["DataFault", "Framing", "crop_box", "load_pair", "make_buckets", "nearest_bucket"]
+__all__ = ["DataFault", "Framing", "crop_box", "load_image", "load_pair", "make_buckets", "nearest_bucket"]
 
 KEEP_THRESHOLD = 128  # mask values from here on (of 255) mean "keep"
 _EXIF_ORIENTATION = 0x0112
@@ -108,12 +108,7 @@ def load_pair(
     mask that fits only the unrotated image is turned with it. Transparency is put on white. The mask may have another
     size than the image if its aspect ratio is the same. Raises DataFault.
     """
-    with _opened(image_path, "image") as file:
-        turn = _UPRIGHT.get(file.getexif().get(_EXIF_ORIENTATION, 1))
-        stored_size = file.size
-        image = _as_rgb(file)
-    if turn is not None:
-        image = image.transpose(turn)
+    image, turn, stored_size = _load_upright(image_path)
     with _opened(mask_path, "mask") as file:
         mask_turn = _UPRIGHT.get(file.getexif().get(_EXIF_ORIENTATION, 1))
         mask = _as_gray(file)
@@ -134,6 +129,20 @@ def load_pair(
     keep = mask.resize((width, height), Image.Resampling.NEAREST, box=crop_box(*mask.size, size))
     edit_mask = (np.asarray(keep) < KEEP_THRESHOLD).astype(np.float32)
     return np.asarray(pixels, np.float32) / np.float32(255), edit_mask, bucket
+
+
+def load_image(path: Path) -> Image.Image:
+    """The RGB picture as `load_pair` sees it, at its full size. Raises DataFault."""
+    return _load_upright(path)[0]
+
+
+def _load_upright(path: Path) -> tuple[Image.Image, Image.Transpose | None, tuple[int, int]]:
+    """The upright RGB picture, how it was turned, and its (width, height) as stored."""
+    with _opened(path, "image") as file:
+        turn = _UPRIGHT.get(file.getexif().get(_EXIF_ORIENTATION, 1))
+        stored_size = file.size
+        image = _as_rgb(file)
+    return image if turn is None else image.transpose(turn), turn, stored_size
 
 
 @contextmanager

@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cocoedit_jax*", "launch*", "torch_bridge*"]) + ["configs"],
-    package_data={"cocoedit_jax": ["assets/**/*"]},
+    package_data={"cocoedit_jax": ["assets/**/*", "rewards/prompts/*"]},
     install_requires=[
         # flax up to 0.12.8 subclasses a class that jax 0.11 no longer has.
         "jax>=0.10.2,<0.11",
@@ -30,6 +30,7 @@ setup(
         "ml_collections>=1.1,<2",
         "absl-py>=2.1",
         "array-record>=0.8.1",
+        "httpx2>=2.0,<3",  # the HTTP client that huggingface_hub uses
         "huggingface_hub>=1.0,<3",
         "ml_dtypes>=0.5",
         "numpy>=2.0,<3",

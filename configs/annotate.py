@@ -14,9 +14,12 @@ def get_config() -> ConfigDict:
             "models": {
                 "endpoints": ("http://127.0.0.1:8000/v1",),  # OpenAI chat completions; requests are spread over all
                 "name": "Qwen/Qwen2.5-VL-72B-Instruct",
+                "key_env": "",  # environment variable that holds the API key, or
+                "key_file": "",  # file that does
                 "concurrency": 64,  # requests under way at once
                 "timeout_s": 120.0,  # of one request
                 "deadline_s": 1800.0,  # of all requests of a shard in a stage, retries included
+                "probe_s": 120.0,  # to wait for the first answers, while servers start
                 # Share of a stage's requests that may stay unanswered: these items become dead letters. Beyond it the
                 # run stops; nothing is lost, and the same command continues.
                 "max_unanswered": 0.02,

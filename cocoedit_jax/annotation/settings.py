@@ -15,9 +15,12 @@ from cocoedit_jax.errors import UserError
 class ModelSettings:
     endpoints: tuple
     name: str
+    key_env: str
+    key_file: str
     concurrency: int
     timeout_s: float
     deadline_s: float
+    probe_s: float
     max_unanswered: float
     cell: int
     max_pixels: int
@@ -109,6 +112,7 @@ class Settings:
 _SHARE = (0.0, 1.0)
 _BOUNDS = {
     "models.concurrency": (1, 4096), "models.timeout_s": (0.1, math.inf), "models.deadline_s": (0.1, math.inf),
+    "models.probe_s": (0.1, math.inf),
     "models.max_unanswered": _SHARE, "models.cell": (1, 256), "models.max_pixels": (64 * 64, math.inf),
     "classify.max_tokens": (1, 4096), "box.min_side": (1, 4096), "box.max_boxes": (1, 100),
     "box.max_tokens": (1, 4096), "mask.min_piece": _SHARE, "rewrite.max_words": (1, 1000),

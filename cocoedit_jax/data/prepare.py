@@ -17,7 +17,8 @@ from cocoedit_jax.data.scenes import OPERATIONS, render_batch, sample_specs
 from cocoedit_jax.errors import UserError
 
 _CHUNK = 256
-_OWN_ENTRIES = {METADATA, "images", "masks"}
+# What a folder of ours holds: records to train on, or instructions to annotate (annotation/sources).
+_OWN_ENTRIES = {METADATA, "prompts.jsonl", "left_out.jsonl", "images", "masks", PACK}
 
 
 def write_scenes(
@@ -79,18 +80,38 @@ def write_folder(out: Path, fill: Callable[[Path], None], *, overwrite: bool = F
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             fill(fresh)
-            old = Path(scratch) / "old"
-            if out.exists():
-                out.rename(old)
-            try:
-                fresh.rename(out)
-            except OSError:
-                if old.exists():
-                    old.rename(out)
-                raise
+            _put(fresh, out, Path(scratch) / "old")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from error
     return out
+
+
+def resume_folder(out: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """As `write_folder`, but what `fill` has written stays in `.NAME.partial` when it fails, and it finds that folder
+    again when called anew.
+    """
+    _refuse_foreign(out, overwrite)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        fill(partial)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            _put(partial, out, Path(scratch) / "old")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}; what is done so far is kept in {partial}") from error
+    return out
+
+
+def _put(fresh: Path, out: Path, old: Path) -> None:
+    """Renames `fresh` to `out`; what was there goes to `old`, and comes back should that fail."""
+    if out.exists():
+        out.rename(old)
+    try:
+        fresh.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
 
 
 def _refuse_foreign(out: Path, overwrite: bool) -> None:
@@ -104,7 +125,7 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
     foreign = [name for name in entries if name not in _OWN_ENTRIES]
     if entries and not overwrite:
         raise UserError(f"{out}: the folder is not empty; give another name, or --overwrite to replace it")
-    if foreign or (entries and METADATA not in entries):
+    if foreign or (entries and not {METADATA, "prompts.jsonl"} & set(entries)):
         # Overwriting deletes the folder, so only one that this program could have written qualifies.
         raise UserError(
             f"{out}: will not be replaced: {', '.join(foreign[:3]) or 'its content'} does not belong to a data folder"

@@ -23,8 +23,9 @@ def get_config() -> ConfigDict:
                 # Share of a stage's requests that may stay unanswered: these items become dead letters. Beyond it the
                 # run stops; nothing is lost, and the same command continues.
                 "max_unanswered": 0.02,
-                "cell": 28,  # px; sides of pictures are multiples of it: 28 for Qwen2-VL and Qwen2.5-VL, 32 for Qwen3-VL
+                "cell": 28,  # px; sides of pictures are multiples of it: 28 for Qwen2-VL and 2.5-VL, 32 for Qwen3-VL
                 "max_pixels": 1003520,  # of a picture as sent; keep it within the server's own limit
+                "image_format": "jpeg",  # of pictures as sent: jpeg (quality 95) or png (exact, five times the bytes)
                 "prompts": "",  # folder with prompt files that replace those of cocoedit_jax/annotation/prompts
             },
             "classify": {
@@ -33,13 +34,29 @@ def get_config() -> ConfigDict:
                 "whole": ("background", "style", "tone", "viewpoint"),
                 # What data sets call them. An edit type that is neither above nor here is asked for.
                 "aliases": {
-                    "addition": "add", "object_add": "add", "subject-add": "add", "removal": "remove",
-                    "object_removal": "remove", "subject-remove": "remove", "swap": "replace", "object_swap": "replace",
-                    "subject-replace": "replace", "attribute_modification": "color", "recolor": "color",
-                    "color_alter": "color", "material_alter": "material", "action": "motion",
-                    "motion_change": "motion", "text_change": "text", "background_swap": "background",
-                    "background_change": "background", "environment": "tone", "env": "tone", "style_change": "style",
-                    "style_transfer": "style", "tone_transfer": "tone",
+                    "addition": "add",
+                    "object_add": "add",
+                    "subject-add": "add",
+                    "removal": "remove",
+                    "object_removal": "remove",
+                    "subject-remove": "remove",
+                    "swap": "replace",
+                    "object_swap": "replace",
+                    "subject-replace": "replace",
+                    "attribute_modification": "color",
+                    "recolor": "color",
+                    "color_alter": "color",
+                    "material_alter": "material",
+                    "action": "motion",
+                    "motion_change": "motion",
+                    "text_change": "text",
+                    "background_swap": "background",
+                    "background_change": "background",
+                    "environment": "tone",
+                    "env": "tone",
+                    "style_change": "style",
+                    "style_transfer": "style",
+                    "tone_transfer": "tone",
                 },
                 "max_tokens": 16,
             },

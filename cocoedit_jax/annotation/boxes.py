@@ -43,7 +43,7 @@ def find_json(text: str) -> Any:
 def parse_boxes(text: str) -> list[tuple[list[float], str]]:
     """(four numbers, label) for each box of an answer; an empty list where the model says that there is none.
 
-    Accepted: a list or one object with "bbox_2d" (or "bbox", "box"), in a code fence or not; bare lists of four numbers.
+    Accepted: a list or one object with "bbox_2d" (or "bbox", "box"), in a code fence or not; lists of four numbers.
     Raises ValueError for anything else.
     """
     found = find_json(text)
@@ -76,7 +76,7 @@ def to_pixels(numbers: Sequence[float], convention: str, sent: tuple[int, int], 
     sent, full: (width, height) of the picture as the model saw it and as it is.
     """
     side = CONVENTIONS[convention]
-    width, height = (sent if side is None else (side, side))
+    width, height = sent if side is None else (side, side)
     x0, y0, x1, y1 = numbers
     box = (
         min(max(x0 / width, 0.0), 1.0) * full[0],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any
 
 from cocoedit_jax.annotation import boxes
 from cocoedit_jax.annotation.fake import FakeModel
 from cocoedit_jax.annotation.prompts import Prompts, load_prompts
+from cocoedit_jax.annotation.record import Annotation
 from cocoedit_jax.annotation.segmenters import make_segmenter
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.stages import MODEL_STAGES, STAGES, Rules, box_request, pending_at
@@ -16,9 +18,10 @@ from cocoedit_jax.annotation.store import Store
 from cocoedit_jax.annotation.work import Model, Tally, Worker, give_up
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
-from cocoedit_jax.rewards.chat import ChatClient, ChatReply, ChatRequest, image_part, text_part, user_message
+from cocoedit_jax.rewards.chat import ChatClient, ChatRequest, image_part, text_part, user_message
 
 FAKE = "fake"  # models.name of the model that needs no server
+_SILENT = 8  # so many records of a shard without one answer among them are no chance
 
 
 def plan(settings: Settings, prompts: Prompts) -> dict[str, Any]:
@@ -75,7 +78,8 @@ def probe(model: Model, settings: Settings, prompts: Prompts) -> str:
     image, _ = boxes.probe_picture(settings.models.cell)
     question = text_part("How many squares are in the picture? Answer with one digit alone.")
     digit = ChatRequest([user_message(image_part(image), question)], logprobs=True, request_id="score|probe|probe")
-    replies = model.complete_all([_named(box_probe(settings, prompts)), digit], settings.models.probe_s)
+    box = replace(box_probe(settings, prompts), request_id="box|probe|probe")
+    replies = model.complete_all([box, digit], settings.models.probe_s)
     for reply in replies:
         if reply.failure is not None:
             raise UserError(f"config.models: {settings.models.name} cannot be asked: {reply.failure}")
@@ -85,16 +89,8 @@ def probe(model: Model, settings: Settings, prompts: Prompts) -> str:
             " (transformers serve leaves them out silently); use vLLM or python -m launch.serve_judge"
         )
     return boxes.settle_convention(
-        settings.box.convention, settings.models.name, _text(replies[0]), settings.models.cell
+        settings.box.convention, settings.models.name, replies[0].text or "", settings.models.cell
     )
-
-
-def _named(request: ChatRequest) -> ChatRequest:
-    return ChatRequest(request.messages, request.max_tokens, request_id="box|probe|probe")
-
-
-def _text(reply: ChatReply) -> str:
-    return reply.text or ""
 
 
 def run_stages(worker: Worker, numbers: Sequence[int], stages: Sequence[str] = STAGES) -> None:
@@ -103,12 +99,13 @@ def run_stages(worker: Worker, numbers: Sequence[int], stages: Sequence[str] = S
     Raises:
         UserError: too many requests without an answer; all that was earned is on disk.
     """
+    limit = worker.rules.settings.models.max_unanswered
     for stage in stages:
         waiting = _waiting(worker.store, numbers, stage)
         if not waiting:
             continue
-        tally = Tally()
-        bar = progress(sum(waiting.values()), desc=f"{stage:>8}", unit="record")
+        tally, total = Tally(), sum(waiting.values())
+        bar = progress(total, desc=f"{stage:>8}", unit="record")
         with bar, ThreadPoolExecutor(worker.rules.settings.engine.in_flight) as pool:
             futures = [pool.submit(worker.run, number, stage) for number in waiting]
             try:
@@ -116,12 +113,12 @@ def run_stages(worker: Worker, numbers: Sequence[int], stages: Sequence[str] = S
                     result = future.result()
                     tally.add(result)
                     bar.update(result.done)
+                    stop_if_silent(stage, result, tally, total, limit)
             except BaseException:
                 for future in futures:
                     future.cancel()
-                wait(futures, return_when=FIRST_EXCEPTION)
                 raise
-        settle_unanswered(worker.store, list(waiting), {stage: tally}, worker.rules.settings)
+        settle_unanswered(worker.store, list(waiting), {stage: tally}, limit)
 
 
 def _waiting(store: Store, numbers: Sequence[int], stage: str) -> dict[int, int]:
@@ -130,32 +127,45 @@ def _waiting(store: Store, numbers: Sequence[int], stage: str) -> dict[int, int]
     return {number: count for number, count in counts.items() if count}
 
 
-def settle_unanswered(
-    store: Store, numbers: Sequence[int], tallies: Mapping[str, Tally], settings: Settings
-) -> None:
+def stop_if_silent(stage: str, latest: Tally, tally: Tally, total: int, limit: float) -> None:
+    """Ends a run early whose servers are gone: every further shard would wait until its deadline.
+
+    latest: of one shard; tally: of the stage so far; total: records of the stage.
+
+    Raises:
+        UserError: nothing in the latest shard was answered, or more is unanswered than the whole stage may have.
+    """
+    silent = latest.asked >= _SILENT and latest.unanswered == latest.asked and limit < 1
+    if silent or tally.unanswered > limit * total:
+        raise _unanswered(stage, tally, limit)
+
+
+def settle_unanswered(store: Store, numbers: Sequence[int], tallies: Mapping[str, Tally], limit: float) -> None:
     """Few requests without an answer become dead letters; many are a fault of the servers and stop the run.
 
     Raises:
-        UserError: more than `models.max_unanswered` of a stage's requests have none.
+        UserError: more than the share `limit` of a stage's requests have none.
     """
-    limit = settings.models.max_unanswered
     for stage, tally in tallies.items():
         if tally.unanswered > limit * tally.asked:
-            raise UserError(
-                f"{stage}: {tally.unanswered} of {tally.asked} records got no answer, more than"
-                f" config.models.max_unanswered={limit:g} allows; the first: {tally.error}. All other work is kept: see"
-                " to the server, then run the same command again"
-            )
+            raise _unanswered(stage, tally, limit)
         if tally.unanswered:
             for number in numbers:
                 give_up(store, number, stage)
 
 
+def _unanswered(stage: str, tally: Tally, limit: float) -> UserError:
+    return UserError(
+        f"{stage}: {tally.unanswered} of {tally.asked} records got no answer, more than config.models.max_unanswered="
+        f"{limit:g} allows; the first: {tally.error}. All other work is kept: see to the server, then run the same"
+        " command again"
+    )
+
+
 def revive(store: Store, numbers: Sequence[int]) -> int:
     """Puts dead letters back to where they died, for --retry_dead; returns how many."""
-    from dataclasses import replace
 
-    def again(annotation: Any) -> Any:
+    def again(annotation: Annotation) -> Annotation:
         if annotation.status != "dead":
             return annotation
         return replace(annotation, status="pending", reason=None, detail="")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +72,9 @@ def gather(store: Store, settings: Settings) -> Outcome:
                 if chosen.status == "kept":
                     image = _place_image(store, chosen, settings)
                     images.add(image)
-                    files["kept"].write(json.dumps(_metadata(chosen, image, settings), ensure_ascii=False) + "\n")
+                    files["kept"].write(
+                        json.dumps(_metadata(store, chosen, image, settings), ensure_ascii=False) + "\n"
+                    )
                 else:
                     reasons[f"{chosen.status}: {chosen.reason}"] += 1
                     files[chosen.status].write(to_line(chosen))
@@ -108,7 +110,7 @@ def _ids(path: Path) -> Iterator[str]:
             yield json.loads(line)["id"]
 
 
-def _metadata(annotation: Annotation, image: str, settings: Settings) -> dict[str, Any]:
+def _metadata(store: Store, annotation: Annotation, image: str, settings: Settings) -> dict[str, Any]:
     """A line of metadata.jsonl. Further fields of the input stay, under their own names where these are free."""
     item = annotation.item
     said = {name: annotation.attributes.get(name) for name in ("target", "location", "attributes")}
@@ -126,6 +128,7 @@ def _metadata(annotation: Annotation, image: str, settings: Settings) -> dict[st
         "mask_area": annotation.mask_area,
         "scores": annotation.scores,
         **{name: value for name, value in said.items() if value},
+        "annotated_by": store.manifest["plan"]["models"]["name"],
     }
     return {**{k: v for k, v in item.extra.items() if k not in own}, **own}
 
@@ -152,9 +155,3 @@ def _place_image(store: Store, annotation: Annotation, settings: Settings) -> st
 def _sync(file: IO[str]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def describe(waiting: Counter[str], part: Sequence[int]) -> str:
-    """What is said when other shards are not done yet."""
-    stages = ", ".join(f"{count} for {stage}" for stage, count in waiting.items())
-    return f"shards {part[0]}/{part[1]}: done. In the whole folder {sum(waiting.values())} records wait ({stages})"

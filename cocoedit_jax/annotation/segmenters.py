@@ -35,7 +35,7 @@ class RandomWalkerSegmenter:
     core: share of the box, around its centre, that is taken to be the thing.
     """
 
-    def __init__(self, side: int = 256, beta: float = 400.0, core: float = 0.3):
+    def __init__(self, side: int = 256, beta: float = 130.0, core: float = 0.3):
         try:
             self._walk = importlib.import_module("skimage.segmentation").random_walker
         except ModuleNotFoundError as error:
@@ -58,7 +58,7 @@ class RandomWalkerSegmenter:
         if inside.all():
             return box_mask(box, image.size)  # nothing outside to tell it from
         labels = np.where(inside, np.where(core, 1, 0), 2)
-        found = self._walk(small, labels, beta=self._beta, mode="cg_j", channel_axis=-1) == 1
+        found = self._walk(small, labels, beta=self._beta, mode="cg_j", tol=1e-5, channel_axis=-1) == 1
         return np.asarray(Image.fromarray(found).resize(image.size, Image.Resampling.NEAREST)).astype(bool)
 
 

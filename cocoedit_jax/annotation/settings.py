@@ -24,6 +24,7 @@ class ModelSettings:
     max_unanswered: float
     cell: int
     max_pixels: int
+    image_format: str
     prompts: str
 
 
@@ -103,7 +104,7 @@ class Settings:
     def fixed(self) -> dict[str, Any]:
         """What must not change while a folder is being annotated: all but where and how fast, and the filter."""
         plain = asdict(self)
-        models = {k: v for k, v in plain["models"].items() if k in ("name", "cell", "max_pixels")}
+        models = {k: v for k, v in plain["models"].items() if k in ("name", "cell", "max_pixels", "image_format")}
         keep = ("classify", "box", "mask", "rewrite", "score")
         return {"models": models, **{name: plain[name] for name in keep}, "shard_size": self.engine.shard_size}
 
@@ -195,6 +196,8 @@ def _joint_problems(settings: Settings) -> list[str]:
         problems.append("config.mask.dilate.other: missing; it holds for the kinds that are not named")
     if settings.box.convention not in ("auto", *CONVENTIONS):
         problems.append(f"config.box.convention={settings.box.convention!r}; expected auto, {', '.join(CONVENTIONS)}")
+    if settings.models.image_format not in ("jpeg", "png"):
+        problems.append(f"config.models.image_format={settings.models.image_format!r}; expected jpeg or png")
     if settings.engine.images not in ("copy", "hardlink"):
         problems.append(f"config.engine.images={settings.engine.images!r}; expected copy or hardlink")
     if not settings.models.endpoints:

@@ -27,7 +27,9 @@ from cocoedit_jax.rewards.chat import ChatReply, ChatRequest, image_part, text_p
 from cocoedit_jax.rewards.judge_score import digit_score
 
 STAGES = ("load", "classify", "box", "mask", "rewrite", "score")
-MODEL_STAGES = ("classify", "box", "rewrite", "score")
+# The stages that ask a model, and their questions, one request each.
+QUESTIONS = {"classify": ("type",), "box": ("box",), "rewrite": ("rewrite",), "score": SCORE_NAMES}
+MODEL_STAGES = tuple(QUESTIONS)
 _MAX_SAID = 200  # letters of an answer that a dead letter repeats
 
 
@@ -130,7 +132,8 @@ def box_request(image: Image.Image, instruction: str, edit_type: str, rules: Rul
     """Asks for the boxes in `image`, which is sent as it is."""
     name = "box_add" if edit_type == "add" else "box"
     prompt = rules.prompts.fill(name, instruction=instruction, edit_type=edit_type)
-    return ChatRequest([user_message(image_part(image), text_part(prompt))], max_tokens=rules.settings.box.max_tokens)
+    message = user_message(image_part(image, rules.settings.models.image_format), text_part(prompt))
+    return ChatRequest([message], max_tokens=rules.settings.box.max_tokens)
 
 
 def _ask_box(annotation: Annotation, shown: Shown | None, rules: Rules) -> dict[str, ChatRequest]:
@@ -198,11 +201,9 @@ def segment(
 
 
 def _ask_rewrite(annotation: Annotation, shown: Shown | None, rules: Rules) -> dict[str, ChatRequest]:
-    image, overlay = _both(annotation, shown, rules)
-    prompt = rules.prompts.fill(
-        "rewrite", instruction=annotation.item.prompt, edit_type=annotation.edit_type or ""
-    )
-    message = user_message(image_part(image), image_part(overlay), text_part(prompt))
+    source, region = _both(annotation, shown, rules)
+    prompt = rules.prompts.fill("rewrite", instruction=annotation.item.prompt, edit_type=annotation.edit_type or "")
+    message = user_message(source, region, text_part(prompt))
     request = ChatRequest([message], max_tokens=rules.settings.rewrite.max_tokens, affinity=annotation.item.id)
     return {"rewrite": request}
 
@@ -220,8 +221,7 @@ def _take_rewrite(annotation: Annotation, replies: Mapping[str, ChatReply], rule
 
 
 def _ask_scores(annotation: Annotation, shown: Shown | None, rules: Rules) -> dict[str, ChatRequest]:
-    image, overlay = _both(annotation, shown, rules)
-    source, region = image_part(image), image_part(overlay)
+    source, region = _both(annotation, shown, rules)
     texts = {"instruction": final_prompt(annotation, rules.settings), "edit_type": annotation.edit_type or ""}
     requests = {}
     for name in SCORE_NAMES:
@@ -249,10 +249,12 @@ def final_prompt(annotation: Annotation, settings: Settings) -> str:
     return refined or annotation.item.prompt
 
 
-def _both(annotation: Annotation, shown: Shown | None, rules: Rules) -> tuple[Image.Image, Image.Image]:
+def _both(annotation: Annotation, shown: Shown | None, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The picture, and the same with the region marked, as parts of a message."""
     assert shown is not None and shown.edit_mask is not None, "mask comes before"
     image = pictures.fit(shown.image, _sent_size(annotation, rules))
-    return image, pictures.marked(image, shown.edit_mask)
+    kind = rules.settings.models.image_format
+    return image_part(image, kind), image_part(pictures.marked(image, shown.edit_mask), kind)
 
 
 _ASK: dict[str, Callable[..., dict[str, ChatRequest]]] = {

@@ -107,7 +107,9 @@ class Store:
             return store
         foreign = [] if not root.exists() else sorted({p.name for p in root.iterdir()} - {SHARDS, MASKS, IMAGES})
         if foreign:
-            raise UserError(f"{root}: holds {', '.join(foreign[:3])}, but no annotation; expected a new or empty folder")
+            raise UserError(
+                f"{root}: holds {', '.join(foreign[:3])}, but no annotation; expected a new or empty folder"
+            )
         for name in (SHARDS, MASKS, IMAGES):
             (root / name).mkdir(parents=True, exist_ok=True)
         store = cls(root, manifest)
@@ -185,9 +187,7 @@ class Store:
 
     def seal(self, facts: Mapping[str, Any]) -> None:
         """Adds facts and the hashes of the shards to the manifest."""
-        hashes = {
-            self.path(n).name: hashlib.sha256(self.path(n).read_bytes()).hexdigest() for n in range(self.count)
-        }
+        hashes = {self.path(n).name: hashlib.sha256(self.path(n).read_bytes()).hexdigest() for n in range(self.count)}
         self.manifest |= {**facts, "shards": hashes}
         write_whole(self.root / SHARDS / MANIFEST, _json(self.manifest))
 

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "cocoedit_jax/__init__.py").read_text())[0]
 
 BRIDGE = ["diffusers>=0.42,<0.43", "transformers>=5.23,<6", "peft>=0.21,<0.22", "accelerate>=1.15,<2"]
+PARQUET = "pyarrow>=21,<27"  # OmniEdit and ImgEdit come in such files
 
 setup(
     name="cocoedit-jax",
@@ -44,11 +45,13 @@ setup(
         "cuda": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "parquet": [PARQUET],
         "bridge": ["torch>=2.13,<2.14", *BRIDGE],
         "test": [
             "pytest>=9,<10",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
+            PARQUET,
             "scikit-image>=0.26",
             "torch==2.13.0",  # parity and golden numbers are compared to the last digits
             *BRIDGE,

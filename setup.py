@@ -11,6 +11,7 @@ VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "cocoedit_jax/__init__.py"
 BRIDGE = ["diffusers>=0.42,<0.43", "transformers>=5.23,<6", "peft>=0.21,<0.22", "accelerate>=1.15,<2"]
 SKIMAGE = "scikit-image>=0.26,<0.27"
 RAY = "ray[data]>=2.50,<3"
+PARQUET = "pyarrow>=21,<27"  # OmniEdit and ImgEdit come in such files
 
 setup(
     name="cocoedit-jax",
@@ -51,12 +52,14 @@ setup(
         "ray": [RAY],
         # Where this fetches a second PyTorch or fails to build, see the README.
         "sam2": ["torch>=2.13,<2.14", "torchvision>=0.28,<0.29", "sam2>=1.1,<2"],
+        "parquet": [PARQUET],
         "bridge": ["torch>=2.13,<2.14", *BRIDGE],
         "test": [
             "pytest>=9,<10",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
             SKIMAGE,
+            PARQUET,
             "torch==2.13.0",  # parity and golden numbers are compared to the last digits
             *BRIDGE,
         ],

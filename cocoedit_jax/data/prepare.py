@@ -1,4 +1,4 @@
-"""Writes data folders in the CoCoEdit-40K layout, all or nothing, and checks existing ones."""
+"""Writes data folders in the CoCoEdit-40K layout, all or nothing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cocoedit_jax.data.images import Framing
-from cocoedit_jax.data.records import METADATA, TEXT_CACHE, read_records
+from cocoedit_jax.data.images import ImageFile
+from cocoedit_jax.data.packed import PACK
+from cocoedit_jax.data.records import METADATA, TEXT_CACHE
 from cocoedit_jax.data.scenes import OPERATIONS, render_batch, sample_specs
 from cocoedit_jax.errors import UserError
 
 _CHUNK = 256
 # What a folder of ours holds: records to train on, or instructions to annotate (annotation/sources).
-_OWN_ENTRIES = {METADATA, "prompts.jsonl", "left_out.jsonl", "images", "masks", PACK}
+_OWN_ENTRIES = {METADATA, "prompts.jsonl", "left_out.jsonl", "duplicates.jsonl", "images", "masks", PACK}
 
 
 def write_scenes(
@@ -132,19 +133,17 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
         )
 
 
-def check_folder(root: Path | str, resolution: int, crop: str = "center", limit: int = 20) -> str:
-    """The summary of `read_records` with a progress bar; raises UserError with the summary if anything is wrong."""
-    with tqdm(unit="record") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = read_records(root, Framing(resolution, crop), limit=limit, progress=progress)
-    lines = [found.summary(limit)]
-    if crop == "buckets":
-        for number, (height, width) in enumerate(found.framing.sizes):
-            count = sum(record.bucket == number for record in found.records)
-            if count:
-                lines.append(f"  {width}x{height} px: {count} records")
-    return "\n".join(lines)
+def place_file(file: ImageFile, target: Path) -> None:
+    """The content of `file` at `target`, whole or not at all: as a hard link where the file system has them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        return
+    if isinstance(file, Path):
+        try:
+            target.hardlink_to(file.resolve())
+            return
+        except OSError:  # another disk, or no links there
+            pass
+    draft = target.with_name(f"{target.name}.tmp")
+    draft.write_bytes(file.read_bytes())
+    draft.replace(target)

@@ -16,7 +16,7 @@ from typing import Any
 
 from cocoedit_jax.annotation.sources import release
 from cocoedit_jax.data.archives import Archive, Member, find_archives, find_by_suffix, unpack
-from cocoedit_jax.data.prepare import resume_folder
+from cocoedit_jax.data.prepare import place_file, resume_folder
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 
@@ -164,8 +164,7 @@ def _collect(root: Path, archives: list[Archive], wanted: list[str], target: Pat
         if (target / name).is_file():
             there.add(name)
         elif found is not None and found.resolve().is_relative_to(root.resolve()):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(found, target / name)
+            place_file(found, target / name)
             there.add(name)
     find = _finder(wanted)
     with progress(len(wanted), "unpack", "picture", initial=len(there)) as bar:
@@ -195,12 +194,3 @@ def _finder(wanted: list[str]) -> Callable[[str], str | None]:
     find = find_by_suffix(wanted)
     renamed = {name.replace(*_RENAMED): name for name in wanted if name.startswith(_RENAMED[0])}
     return lambda member: find(member) or renamed.get(member.removeprefix("./"))
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source.resolve())
-    except OSError:  # another disk, or a file system without links
-        draft = target.with_name(f"{target.name}.tmp")
-        draft.write_bytes(source.read_bytes())
-        draft.replace(target)

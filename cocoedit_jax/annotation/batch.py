@@ -180,14 +180,13 @@ def _reply(path: Path, number: int, line: Any) -> tuple[str, ChatReply]:
     name, response = line["custom_id"], line.get("response")
     if "response" not in line:
         raise UserError(f"{path} line {number}: no response; is this the file of requests instead of the replies?")
-    if not isinstance(response, dict) or line.get("error"):
+    if not isinstance(response, dict):
         return name, ChatReply(name, failure=Failure("attempts", f"no reply: {shown(json.dumps(line.get('error')))}"))
     status, body = response.get("status_code", 200), json.dumps(response.get("body")).encode()
     if status != 200:
         fatal = status not in RETRY_STATUS and status < 500
-        return name, ChatReply(
-            name, failure=Failure(FATAL_STATUS.get(status, f"status_{status}"), shown(body), fatal=fatal)
-        )
+        reason = FATAL_STATUS.get(status, f"status_{status}")
+        return name, ChatReply(name, failure=Failure(reason, shown(body), fatal=fatal))
     try:
         return name, ChatReply(name, **parse_completion(body))
     except Garbled as error:

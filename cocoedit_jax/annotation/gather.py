@@ -15,8 +15,10 @@ from typing import IO, Any
 from cocoedit_jax.annotation.filter import choose
 from cocoedit_jax.annotation.record import DEAD, REJECTED, SCORES, Annotation, to_line
 from cocoedit_jax.annotation.settings import Settings
-from cocoedit_jax.annotation.stages import STAGES, final_prompt
+from cocoedit_jax.annotation.stages import STAGES, final_prompt, read_fingerprint
 from cocoedit_jax.annotation.store import IMAGES, Store, file_stem
+from cocoedit_jax.data.duplicates import THRESHOLD, find_duplicates, same_picture
+from cocoedit_jax.data.prepare import place_file
 from cocoedit_jax.data.records import METADATA
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
@@ -60,11 +62,14 @@ def gather(store: Store, settings: Settings) -> Outcome:
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     images: set[str] = set()
+    repeats = _find_repeats(store, settings)
     with ExitStack() as stack:
         files = {kind: stack.enter_context(path.open("w", encoding="utf-8")) for kind, path in drafts.items()}
         for number in progress(range(store.count), desc="  gather", unit="shard"):
             for annotation in store.read(number):
                 chosen = choose(annotation, settings.filter)
+                if annotation.item.id in repeats.of:
+                    chosen = chosen.rejected("duplicate", f"of {repeats.of[annotation.item.id]}")
                 if chosen.status == "pending":
                     raise RuntimeError(f"{chosen.item.id}: not done, after {chosen.stage!r}")
                 counts[chosen.status] += 1
@@ -72,9 +77,10 @@ def gather(store: Store, settings: Settings) -> Outcome:
                 if chosen.status == "kept":
                     image = _place_image(store, chosen, settings)
                     images.add(image)
-                    files["kept"].write(
-                        json.dumps(_metadata(store, chosen, image, settings), ensure_ascii=False) + "\n"
-                    )
+                    row = _metadata(store, chosen, image, settings)
+                    if annotation.item.id in repeats.looks:
+                        row.setdefault("source_image", repeats.looks[annotation.item.id])
+                    files["kept"].write(json.dumps(row, ensure_ascii=False) + "\n")
                 else:
                     reasons[f"{chosen.status}: {chosen.reason}"] += 1
                     files[chosen.status].write(to_line(chosen))
@@ -90,6 +96,38 @@ def gather(store: Store, settings: Settings) -> Outcome:
     store.seal({"kept": outcome.kept, "rejected": outcome.rejected, "dead": outcome.dead, "reasons": outcome.by_reason})
     store.sweep()
     return outcome
+
+
+@dataclass(frozen=True)
+class _Repeats:
+    """of: id of a duplicate -> id of what it repeats. looks: id -> hash of the first picture that looks like its own
+    but is another file; training must not hold one of them out and learn from the other.
+    """
+
+    of: dict[str, str]
+    looks: dict[str, str]
+
+
+def _find_repeats(store: Store, settings: Settings) -> _Repeats:
+    """Among what the filter keeps, the best-scored of each picture and instruction stays."""
+    mode = settings.filter.duplicates
+    ids, prompts, prints, quality = [], [], [], []
+    for number in range(store.count):
+        for annotation in store.read(number):
+            chosen = choose(annotation, settings.filter)
+            if chosen.status == "kept":
+                ids.append(chosen.item.id)
+                prompts.append(chosen.item.prompt)
+                prints.append(read_fingerprint(chosen.attributes["fingerprint"]))
+                quality.append(sum(score or 0.0 for score in chosen.scores.values()))
+    if not ids:
+        return _Repeats({}, {})
+    threshold = None if mode == "exact" else THRESHOLD
+    found = [] if mode == "keep" else find_duplicates(prints, prompts, threshold=threshold, quality=quality)
+    first = same_picture(prints, threshold)
+    several = {root for index, root in enumerate(first) if prints[index].sha256 != prints[root].sha256}
+    looks = {ids[i]: prints[root].sha256 for i, root in enumerate(first) if root in several}
+    return _Repeats({ids[repeat.index]: ids[repeat.of] for repeat in found}, looks)
 
 
 def check_sum(store: Store) -> None:
@@ -123,7 +161,7 @@ def _metadata(store: Store, annotation: Annotation, image: str, settings: Settin
         "edit_type": item.edit_type,
         "original_prompt": item.prompt,
         "source": item.source,
-        "source_image": item.image,
+        "original_image": item.image,
         "box": annotation.box,
         "mask_area": annotation.mask_area,
         "scores": annotation.scores,
@@ -143,9 +181,10 @@ def _place_image(store: Store, annotation: Annotation, settings: Settings) -> st
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         draft.unlink(missing_ok=True)
         if settings.engine.images == "hardlink":
-            os.link(source, draft)
-        else:
-            shutil.copyfile(source, draft)
+            target.unlink(missing_ok=True)
+            place_file(source, target)
+            return name
+        shutil.copyfile(source, draft)
         draft.replace(target)
     except OSError as error:
         raise UserError(f"{source}: cannot be put into {store.root / IMAGES}: {error}") from error

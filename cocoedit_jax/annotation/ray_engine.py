@@ -70,8 +70,6 @@ def run_ray(root: Path, settings: Settings, convention: str, numbers: Sequence[i
             compute=data.ActorPoolStrategy(size=int(options["mask_workers"] if mask else options["workers"])),
             num_cpus=options["cpus"],
             num_gpus=(options["mask_gpus"] or None) if mask else None,
-            max_restarts=-1,
-            max_task_retries=-1,
         )
     tallies = {stage: Tally() for stage in STAGES}
     faults: list[str] = []

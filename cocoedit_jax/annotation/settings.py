@@ -79,6 +79,7 @@ class FilterSettings:
     max_components: int
     min_box_iou: float
     max_border: float
+    duplicates: str
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,8 @@ def _joint_problems(settings: Settings) -> list[str]:
         problems.append(f"config.box.convention={settings.box.convention!r}; expected auto, {', '.join(CONVENTIONS)}")
     if settings.models.image_format not in ("jpeg", "png"):
         problems.append(f"config.models.image_format={settings.models.image_format!r}; expected jpeg or png")
+    if settings.filter.duplicates not in ("near", "exact", "keep"):
+        problems.append(f"config.filter.duplicates={settings.filter.duplicates!r}; expected near, exact or keep")
     if settings.engine.images not in ("copy", "hardlink"):
         problems.append(f"config.engine.images={settings.engine.images!r}; expected copy or hardlink")
     if not settings.models.endpoints:

@@ -22,6 +22,7 @@ from cocoedit_jax.annotation.prompts import Prompts
 from cocoedit_jax.annotation.record import SCORE_NAMES, Annotation
 from cocoedit_jax.annotation.segmenters import Segmenter
 from cocoedit_jax.annotation.settings import Settings
+from cocoedit_jax.data.duplicates import Fingerprint, fingerprint
 from cocoedit_jax.data.images import DataFault, load_image
 from cocoedit_jax.rewards.chat import ChatReply, ChatRequest, image_part, text_part, user_message
 from cocoedit_jax.rewards.judge_score import digit_score
@@ -57,12 +58,22 @@ def pending_at(annotation: Annotation, stage: str) -> bool:
 
 
 def load(annotation: Annotation) -> Annotation:
-    """Opens the picture; sets the size."""
+    """Opens the picture; sets the size, and the fingerprint by which duplicates are found."""
+    path = Path(annotation.item.image)
     try:
-        image = load_image(Path(annotation.item.image))
+        found = fingerprint(path)
+        size = load_image(path).size
     except DataFault as fault:
         return annotation.dead("unreadable_image", str(fault))
-    return replace(annotation, size=image.size, stage="load")
+    text = f"{found.sha256}:{found.dhash:016x}:{found.thumbnail.tobytes().hex()}"
+    return replace(annotation, size=size, attributes={**annotation.attributes, "fingerprint": text}, stage="load")
+
+
+def read_fingerprint(text: str) -> Fingerprint:
+    """Of `attributes["fingerprint"]`."""
+    sha256, dhash, thumbnail = text.split(":")
+    pixels = np.frombuffer(bytes.fromhex(thumbnail), np.uint8).reshape(8, 8, 3)
+    return Fingerprint(sha256, int(dhash, 16), pixels)
 
 
 def ask(stage: str, annotation: Annotation, shown: Shown | None, rules: Rules) -> dict[str, ChatRequest]:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cocoedit_jax.annotation import run
 from cocoedit_jax.annotation.prompts import load_prompts
 from cocoedit_jax.annotation.record import Annotation, Item
 from cocoedit_jax.annotation.settings import check
@@ -12,13 +13,17 @@ from cocoedit_jax.annotation.stages import Rules
 from configs.annotate import get_config
 
 
-@pytest.fixture
-def config():
+def small_config():
     """The default settings with the fake model, boxes as masks and small shards."""
     config = get_config()
     config.models.name, config.mask.segmenter, config.box.convention = "fake", "box", "pixels"
     config.engine.shard_size = 2
     return config
+
+
+@pytest.fixture
+def config():
+    return small_config()
 
 
 @pytest.fixture
@@ -48,6 +53,13 @@ def photos(tmp_path_factory):
     lines.append({"image": "chelsea.jpg", "prompt": "as an oil painting"})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+@pytest.fixture(scope="session")
+def done(photos, tmp_path_factory):
+    """The folder and the outcome of a run without any fault."""
+    folder = tmp_path_factory.mktemp("done") / "out"
+    return folder, run.annotate(check(small_config().to_dict()), folder, source=str(photos))
 
 
 @pytest.fixture

@@ -6,28 +6,9 @@ import math
 import pytest
 
 from cocoedit_jax.annotation import run
-from cocoedit_jax.annotation.fake import FakeModel
 from cocoedit_jax.annotation.store import Store
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.rewards.chat import ChatRequest
-from tests.annotation.test_run import contents, done  # noqa: F401 - a fixture
-
-
-def answer(line, model=None):
-    """A reply line of vllm run-batch."""
-    body = line["body"]
-    request = ChatRequest(body["messages"], logprobs=body.get("logprobs", False), request_id=line["custom_id"])
-    # The scores of the fake depend on the id, which has the settings' mark in a batch.
-    request_id = line["custom_id"].rpartition("|")[0]
-    (reply,) = (model or FakeModel()).complete_all(
-        [ChatRequest(request.messages, logprobs=request.logprobs, request_id=request_id)]
-    )
-    choice = {"index": 0, "message": {"role": "assistant", "content": reply.text}, "finish_reason": "stop"}
-    if reply.logprobs:
-        top = [{"token": t.token, "logprob": t.logprob, "bytes": None} for t in reply.logprobs[0]]
-        choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-    response = {"status_code": 200, "request_id": "r", "body": {"object": "chat.completion", "choices": [choice]}}
-    return {"id": "vllm-1", "custom_id": line["custom_id"], "response": response, "error": None}
+from tests.annotation.helpers import answer, contents
 
 
 def failed(line, status=None):
@@ -45,7 +26,7 @@ def write(path, rows):
     return str(path)
 
 
-def test_every_stage(done, settings, photos, tmp_path):  # noqa: F811
+def test_every_stage(done, settings, photos, tmp_path):
     out = tmp_path / "out"
     outcome = None
     for stage in ("classify", "box", "rewrite", "score"):

@@ -12,25 +12,32 @@ _EIGHT = np.ones((3, 3), bool)  # pieces that touch at a corner are one
 
 def drop_pieces(mask: np.ndarray, min_piece: float) -> np.ndarray:
     """Without the connected pieces smaller than `min_piece` times the largest one."""
-    labels, count = ndimage.label(mask, _EIGHT)
-    if count < 2:
+    labels = _pieces(mask)
+    if labels.max(initial=0) < 2:
         return mask
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return (sizes >= min_piece * sizes.max())[labels] & mask
 
 
+def _pieces(mask: np.ndarray) -> np.ndarray:
+    """Numbers from 1 on the connected pieces, 0 elsewhere."""
+    labels = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, _EIGHT, output=labels)
+    return labels
+
+
 def dilate(mask: np.ndarray, radius: float) -> np.ndarray:
     """All pixels whose distance from the mask is at most `radius` px (Euclidean)."""
     if radius < 1 or not mask.any():
         return mask
-    return ndimage.distance_transform_edt(~mask) <= radius
+    return np.asarray(ndimage.distance_transform_edt(~mask)) <= radius
 
 
 def refine(mask: np.ndarray, *, min_piece: float, fill_holes: bool) -> np.ndarray:
     """Pieces dropped, holes filled."""
     mask = drop_pieces(mask, min_piece)
-    return ndimage.binary_fill_holes(mask) if fill_holes else mask
+    return np.asarray(ndimage.binary_fill_holes(mask)) if fill_holes else mask
 
 
 def box_mask(box: Box, size: tuple[int, int]) -> np.ndarray:
@@ -59,7 +66,7 @@ def measures(grown: np.ndarray, raw: np.ndarray, box: Box) -> dict[str, float | 
     return {
         "area": float(grown.mean()),
         "crop_area": float(grown[top : top + side, left : left + side].mean()),
-        "components": int(ndimage.label(grown, _EIGHT)[1]),
+        "components": int(_pieces(grown).max(initial=0)),
         "box_iou": iou(bounding_box(raw), box),
         "border": float(border.mean()),
     }

@@ -2,10 +2,19 @@
 
 import json
 
+from cocoedit_jax.annotation import run
 from cocoedit_jax.annotation.fake import FakeModel
+from cocoedit_jax.annotation.gather import Outcome
 from cocoedit_jax.rewards.chat import ChatRequest
 
 FILES = ("metadata.jsonl", "rejected.jsonl", "dead.jsonl", "scores.jsonl")
+
+
+def finish(*arguments, **options) -> Outcome:
+    """`run.annotate` of a run that comes to its end."""
+    outcome = run.annotate(*arguments, **options)
+    assert outcome is not None
+    return outcome
 
 
 def lines(path):

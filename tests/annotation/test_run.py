@@ -20,7 +20,7 @@ from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.records import read_records
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.rewards.chat import ChatReply, Failure
-from tests.annotation.helpers import contents, lines
+from tests.annotation.helpers import contents, finish, lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,7 @@ def test_killed_at_many_points(done, photos, tmp_path):
     command = [sys.executable, "-m", "tests.annotation.kill_driver", str(photos), str(out)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
-    kills = int(re.match(r"killed (\d+) times", ran.stdout.splitlines()[-1])[1])
+    kills = int(ran.stdout.splitlines()[-1].removeprefix("killed ").partition(" times")[0])
     assert kills > 8, ran.stdout
     assert contents(out) == contents(done[0])
     assert not list(out.rglob("*.tmp"))
@@ -60,12 +60,12 @@ def test_killed_at_many_points(done, photos, tmp_path):
 def test_choosing_again_needs_no_model(done, settings, monkeypatch, tmp_path, photos):
     folder, outcome = done
     out = tmp_path / "out"
-    before = run.annotate(settings, out, source=str(photos))
+    before = finish(settings, out, source=str(photos))
     monkeypatch.setattr(engine, "make_model", None)
     scores = [row["scores"]["clarity"] for row in lines(out / "metadata.jsonl")]
     middle = sorted(scores)[len(scores) // 2]
     strict = replace(settings, filter=replace(settings.filter, min_clarity=middle))
-    after = run.annotate(strict, out, refilter=True)
+    after = finish(strict, out, refilter=True)
     assert 0 < after.kept < before.kept and after.dead == before.dead
     assert after.kept == sum(score >= middle for score in scores)
     assert after.by_reason["rejected: clarity"] >= before.kept - after.kept, "it comes before other reasons"
@@ -86,7 +86,7 @@ def test_repeats_leave_the_best(settings, photos, tmp_path):
     for name, text in (("a", "make it red"), ("b", "Make it red.\nmake it blue"), ("c", "make it red")):
         (folder / f"{name}.txt").write_text(text)
     low = replace(settings, filter=replace(settings.filter, min_mask_accuracy=0.0, min_clarity=0.0))
-    outcome = run.annotate(low, tmp_path / "out", source=str(folder))
+    outcome = finish(low, tmp_path / "out", source=str(folder))
     assert outcome.kept == 3 and outcome.by_reason == {"rejected: duplicate": 1}
     rows = lines(tmp_path / "out/scores.jsonl")
     pair = [row for row in rows if Path(row["image"]).stem in "ab" and row["prompt"].lower().startswith("make it red")]
@@ -99,7 +99,7 @@ def test_repeats_leave_the_best(settings, photos, tmp_path):
     assert len(set(groups)) == 2 and groups.count(None) == 1, "what looks the same stays on one side of a split"
     # Equal files only: these are not.
     exact = replace(low, filter=replace(low.filter, duplicates="exact"))
-    assert run.annotate(exact, tmp_path / "out", refilter=True).kept == 4
+    assert finish(exact, tmp_path / "out", refilter=True).kept == 4
 
 
 def test_job_arrays(done, settings, photos, tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_few_failures_become_dead_letters(done, settings, photos, tmp_path, flak
     lost, refused = (file_stem(name) for name in names[:2])
     cases = {f"box|box|{lost}": "deadline", f"score|clarity|{refused}": "bad_request"}
     flaky.fails = cases.get
-    outcome = run.annotate(patient, out, source=str(photos))
+    outcome = finish(patient, out, source=str(photos))
     assert outcome.by_reason["dead: no_reply"] == outcome.by_reason["dead: refused_request"] == 1
     assert outcome.dead == done[1].dead + 2 and outcome.kept == done[1].kept - 2
     assert {a.detail for a in read_annotations(out / "dead.jsonl")} >= {"deadline: as told", "bad_request: as told"}

@@ -4,6 +4,7 @@ import json
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,8 +46,7 @@ def server():
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
-    http.handler, http.url = Handler, f"http://127.0.0.1:{http.server_address[1]}/v1"
-    yield http
+    yield SimpleNamespace(handler=Handler, url=f"http://127.0.0.1:{http.server_address[1]}/v1")
     http.shutdown()
     http.server_close()
     thread.join()

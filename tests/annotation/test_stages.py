@@ -93,7 +93,11 @@ def test_masks_grow_by_kind(settings):
     areas = {}
     for kind in ("color", "replace", "motion", "add"):
         after, mask = stages.segment(boxed(kind), image, disk, settings)
-        assert after.stage == "mask" and after.mask_area == mask.mean() == after.attributes["measures"]["area"]
+        assert (
+            mask is not None
+            and after.stage == "mask"
+            and after.mask_area == mask.mean() == after.attributes["measures"]["area"]
+        )
         areas[kind] = mask.sum()
     # Radii: shares of the shorter side, 280 px.
     for kind, share in (("color", 0.01), ("replace", 0.03), ("motion", 0.06)):

@@ -54,6 +54,7 @@ _CSS = """
 .box { position: absolute; border: 2px dashed #ffd60a; } .prompt { font-weight: 600; } .refined { font-style: italic; }
 .bar { background: var(--fill); width: 14rem; height: .9rem; } .bar div { background: #2a78c2; height: 100%; }
 .bins rect { fill: #2a78c2; } .bins line { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 3 2; }
+.wrapped { display: inline-block; white-space: normal; overflow-wrap: anywhere; text-align: left; max-width: 24rem; }
 .bins { display: block; } .sliders { display: grid; grid-template-columns: auto minmax(8rem, 1fr) 4rem;
   gap: .3rem .8rem; align-items: center; max-width: 46rem; } .sliders input { width: 100%; }
 #passing { font-weight: 600; font-size: 1.15rem; } fieldset { border: 0; padding: 0; margin: .4rem 0; }
@@ -125,7 +126,7 @@ def _funnel(annotations: Sequence[Annotation]) -> list[str]:
             html.table(
                 ["Reason", "", "Records", "Meaning"],
                 [
-                    [str(reason), status, str(count), words.get(str(reason), "").rstrip(" *")]
+                    [str(reason), status, str(count), parts.wrapped(words.get(str(reason), "").rstrip(" *"))]
                     for (status, reason), count in reasons.most_common()
                 ],
             )
@@ -149,7 +150,7 @@ def _by_type(annotations: Sequence[Annotation]) -> dict[str, list[Annotation]]:
 def _distributions(annotations: Sequence[Annotation], rules: FilterSettings) -> list[str]:
     rows = []
     for name, group in {**_by_type(annotations), "all": list(annotations)}.items():
-        row = [name, str(len(group)), str(sum(a.status == "kept" for a in group))]
+        row = [parts.wrapped(name), str(len(group)), str(sum(a.status == "kept" for a in group))]
         for score in SCORE_NAMES:
             values = [value for a in group if (value := a.scores.get(score)) is not None]
             row.append(html.Raw(parts.histogram(values, getattr(rules, f"min_{score}"))))
@@ -189,7 +190,7 @@ def _preview(annotations: Sequence[Annotation], rules: FilterSettings) -> list[s
     types = list(_by_type(_scored(annotations)))
     table = html.table(
         ["Edit type", "Would pass"],
-        [[name, html.Raw(f'<span id="passing-{number}"></span>')] for number, name in enumerate(types)],
+        [[parts.wrapped(name), html.Raw(f'<span id="passing-{number}"></span>')] for number, name in enumerate(types)],
     )
     count = len(_scored(annotations))
     drawn = f" Drawn from {count} by chance." if count > MAX_ROWS else ""

@@ -76,6 +76,11 @@ def overlay(annotation: Annotation, folder: Path, side: int) -> str:
     return f'<div class="picture">{picture}{box}</div>{missing}'
 
 
+def wrapped(text: str) -> html.Raw:
+    """A table cell that may take several lines."""
+    return html.Raw(f'<span class="wrapped">{html.text(text)}</span>')
+
+
 def score_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 

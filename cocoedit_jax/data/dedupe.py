@@ -21,7 +21,7 @@ def dedupe_folder(
     """Writes the data folder `source` to `out` without records that repeat an earlier picture and instruction (see
     `duplicates.find_duplicates`), and returns a summary.
 
-    Records of pictures that look the same, but whose files differ, get the field `source_image`, so that a split keeps
+    Records of pictures that look the same, but whose files differ, get the field `source_group`, so that a split keeps
     them on one side. duplicates.jsonl lists what was left out. Files are hard links where the file system has them.
 
     Raises:
@@ -55,8 +55,8 @@ def dedupe_folder(
                     left.write(json.dumps(gone | {"of_id": records[other.of].id, "exact": other.exact}) + "\n")
                     continue
                 line = lines[record.line - 1].removeprefix(b"\xef\xbb\xbf").strip()
-                if first[index] in several and "source_image" not in record.extra:
-                    fields = json.loads(line) | {"source_image": hashes[first[index]]}
+                if first[index] in several and "source_group" not in record.extra:
+                    fields = json.loads(line) | {"source_group": hashes[first[index]]}
                     line = json.dumps(fields, ensure_ascii=True).encode()
                 metadata.write(line + b"\n")
                 for file, path in zip(record.files(), (record.image, record.mask), strict=True):

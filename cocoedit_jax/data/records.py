@@ -1,7 +1,7 @@
 """Editing records in the CoCoEdit-40K layout, checked as a whole before training.
 
 DIR/metadata.jsonl holds one JSON object per line: `prompt`, `image`, `mask` (paths relative to DIR; mask white = keep),
-optionally `id`, `edit_type` and `source_image` (see `split_records`); all other fields pass through as `extra`. The
+optionally `id`, `edit_type` and `source_group` (see `split_records`); all other fields pass through as `extra`. The
 files may also lie packed in DIR/packed/, see packed.py.
 """
 
@@ -183,10 +183,10 @@ def fingerprint(records: Iterable[Record]) -> str:
 
 
 def source_key(record: Record) -> str:
-    """What records made from one picture have in common: the field `source_image`, which states it, or else the hash
+    """What records made from one picture have in common: the field `source_group`, which states it, or else the hash
     of the image file.
     """
-    stated = record.extra.get("source_image")
+    stated = record.extra.get("source_group")
     return f"={stated}" if isinstance(stated, str) and stated else record.image_sha256 or hash_file(record.files()[0])
 
 

@@ -86,7 +86,7 @@ def test_rows(folder):
 
 def test_a_good_folder(folder):
     write(folder, {}, {"image": "1.png"})
-    text = check_folder(folder, 40, "buckets")
+    text = check_folder(folder, 48, "buckets")
     assert "all 2 records are usable" in text and "problem" not in text and "note" not in text
     (folder / "metadata.jsonl").write_text("")
     with pytest.raises(UserError, match="empty file"):

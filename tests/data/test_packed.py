@@ -39,7 +39,9 @@ def encoder_identity(model):
 def test_training_reads_the_same(folder, tmp_path):
     identity = encoder_identity(tmp_path / "model")
     rng = np.random.default_rng(0)
-    prompts = list(dict.fromkeys(json.loads(line)["prompt"] for line in (folder / "metadata.jsonl").open()))
+    prompts = list(
+        dict.fromkeys(json.loads(line)["prompt"] for line in (folder / "metadata.jsonl").read_text().splitlines())
+    )
     with TextCacheWriter(cache_folder(folder, 8), identity, 8, "float32") as writer:
         text = rng.normal(size=(len(prompts), 8, 6)).astype(np.float32)
         writer.add(prompts, text, text[:, 0])

@@ -237,8 +237,8 @@ def test_split_is_stable(many):
 
 
 def test_split_by_a_stated_source(folder, many):
-    """Pictures that differ in bytes stay together where `source_image` says that they are one."""
-    stated = [replace(record, extra={"source_image": "one"}) for record in many]
+    """Pictures that differ in bytes stay together where `source_group` says that they are one."""
+    stated = [replace(record, extra={"source_group": "one"}) for record in many]
     assert sorted(len(part) for part in split_records(stated, 0.5)) == [0, 120]
     assert source_key(many[0]) == hashlib.sha256((folder / "p0.png").read_bytes()).hexdigest()
     assert source_key(replace(many[0], image_sha256="")) == source_key(many[0])

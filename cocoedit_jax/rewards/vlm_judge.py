@@ -40,9 +40,8 @@ _LOGGED = 3  # invalid answers of a call that are logged in full
 
 @dataclass(frozen=True)
 class _Question:
-    """One request of a sample, and where its judgement is kept."""
+    """One question about one edit, and the key under which its judgement is kept: the hash of all that it shows."""
 
-    sample: int
     key: str
     request: ChatRequest
 
@@ -183,44 +182,32 @@ class VlmJudge:
         """Scores in the order of ``requests``. Raises UserError for a refusal that repeating cannot mend."""
         if not self._started:
             self.start()
-        answers: list[JudgeScore | None] = [None] * len(requests)
-        judged: list[dict[str, dict[str, float]]] = [{} for _ in requests]
-        reasons: dict[int, str] = {}
-        open_questions: list[_Question] = []
-        keys: list[list[str]] = [[] for _ in requests]
-        for number, request in enumerate(requests):
+        asked: list[list[_Question] | str] = []  # of every sample, or the reason why it cannot be asked about
+        for request in requests:
             try:
-                questions = self._questions(number, request)
+                asked.append(self._questions(request))
             except ValueError as error:
-                reasons[number] = str(error)
-                continue
-            keys[number] = [question.key for question in questions]
-            for question in questions:
-                known = self._cache.get(question.key)
-                if known is None:
-                    open_questions.append(question)
-                else:
-                    judged[number][question.key] = known
-        asked = {question.sample for question in open_questions}
-        for question, outcome in zip(open_questions, self._ask(open_questions), strict=True):
-            if isinstance(outcome, str):
-                reasons.setdefault(question.sample, outcome)
-            else:
-                judged[question.sample][question.key] = outcome
-        combine = COMBINE[self._prompt.combine]
-        for number, request in enumerate(requests):
-            reason = reasons.get(number)
+                asked.append(str(error))
+        questions = {question.key: question for found in asked if not isinstance(found, str) for question in found}
+        cached = {key: entry for key in questions if (entry := self._cache.get(key)) is not None}
+        missing = [question for key, question in questions.items() if key not in cached]
+        judged = cached | dict(zip((question.key for question in missing), self._ask(missing), strict=True))
+        answers = []
+        for request, found in zip(requests, asked, strict=True):
+            outcomes = [found] if isinstance(found, str) else [judged[question.key] for question in found]
+            reason = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
             if reason is None:
-                scores = [judged[number][key]["score"] for key in keys[number]]
-                answers[number] = JudgeScore(float(np.clip(combine(scores), 0.0, 1.0)))
-                self._count("scored" if number in asked else "from_cache")
+                scores = [outcome["score"] for outcome in outcomes if not isinstance(outcome, str)]
+                answers.append(JudgeScore(float(np.clip(COMBINE[self._prompt.combine](scores), 0.0, 1.0))))
+                known = not isinstance(found, str) and all(question.key in cached for question in found)
+                self._count("from_cache" if known else "scored")
             else:
-                answers[number] = JudgeScore(None, f"record {request.record_id!r}: {reason}")
+                answers.append(JudgeScore(None, f"record {request.record_id!r}: {reason}"))
                 self._count(f"invalid/{reason.partition(':')[0]}")
-        self._log_invalid([answer.error for answer in answers if answer is not None and answer.error])
-        return [answer for answer in answers if answer is not None]
+        self._log_invalid([answer.error for answer in answers if answer.error])
+        return answers
 
-    def _questions(self, number: int, request: JudgeRequest) -> list[_Question]:
+    def _questions(self, request: JudgeRequest) -> list[_Question]:
         """The requests of a sample. Raises ValueError, reason code first."""
         try:
             source, edited = self._encoded(request.source), self._encoded(request.edited)
@@ -238,7 +225,7 @@ class VlmJudge:
                 content.update(len(data).to_bytes(8, "big") + data)
             messages = self._prompt.messages(source, edited, text, self._format)
             asked = self._request(messages, affinity=request.record_id)
-            found.append(_Question(number, content.hexdigest()[:32], asked))
+            found.append(_Question(content.hexdigest()[:32], asked))
         return found
 
     def _request(self, messages: list[dict[str, Any]], affinity: str = "", endpoint: str = "") -> ChatRequest:

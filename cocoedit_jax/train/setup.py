@@ -129,8 +129,12 @@ def build(config: ConfigDict) -> Setup:
             f"{found.root}: {len(train)} records to train on and {len(held_out)} held out; expected at least "
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
-    judge_hook(judge, "start")()
-    params = load_params()
+    try:
+        judge_hook(judge, "start")()
+        params = load_params()
+    except BaseException:
+        judge_hook(judge, "close")()
+        raise
     return Setup(
         config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, editor, params,
         framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,

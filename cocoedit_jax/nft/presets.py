@@ -41,6 +41,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "ema_decay": (0, 1),
     "ban_std": (0, None),
     "ban_mean": (None, None),
+    "min_group": (2, None),
     "pixel_ssim_weight": (0, 1),
     "pixel_psnr_max_db": (1e-6, None),
     "lambda_ner": (0, None),
@@ -59,7 +60,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
 }
 
 BOOLEANS = ("ban", "ner_on_all_samples", "train_at_pure_noise")
-INTEGERS = ("erode_preserve", "erode_edit", "old_decay_type")
+INTEGERS = ("erode_preserve", "erode_edit", "old_decay_type", "min_group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,7 @@ class NFTConfig:
     ban: bool = True  # leave out groups with too little spread; ban for good those that are also solved
     ban_std: float = 0.02  # a group whose reward deviation is not above this says nothing
     ban_mean: float = 0.9  # a group whose mean reward is not below this is solved
+    min_group: int = 2  # a group with fewer scored members is left out: it has no mean to speak of
     invalid: str = "drop"  # drop: invalid samples cost no compute; zero_weight: they are computed and weighted 0
     valid_reduction: str = "global"  # global: mean over all valid samples of the step; micro: per micro-batch first
 

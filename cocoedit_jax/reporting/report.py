@@ -35,7 +35,8 @@ def write_report(run_dir: str | Path) -> Path:
     metrics = read_metrics(run)
     preset = str((config or {}).get("preset", "unknown preset"))
     parts = [html.heading(f"Run {run.resolve().name}", 1), html.paragraph(_status(preset, config, metrics), "soft")]
-    parts += _evaluation(evaluation) + _curves(metrics) + _pictures(run / "samples") + _throughput(metrics)
+    parts += _evaluation(evaluation) + _curves(metrics) + _judge(metrics)
+    parts += _pictures(run / "samples") + _throughput(metrics)
     parts += _how_to(run, preset, config) + _configuration(config)
     path = run / "report.html"
     run.mkdir(parents=True, exist_ok=True)
@@ -98,6 +99,23 @@ def _curves(metrics: Sequence[Mapping[str, float]]) -> list[str]:
         return [html.heading("Curves"), _missing("metrics.jsonl, which a run writes after every step.")]
     caption = "Thick: running mean. Points: small held-out evaluations."
     return [html.heading("Curves"), html.figure(light, "Training curves", caption, dark, scroll=True)]
+
+
+def _judge(metrics: Sequence[Mapping[str, float]]) -> list[str]:
+    """What became of the samples that a judge with counters was given; nothing for a judge without."""
+    names = sorted({name for row in metrics for name in row if name.startswith("judge/")})
+    total = lambda name: float(series(metrics, name)[1].sum())  # noqa: E731
+    drawn = total("samples/drawn")
+    if not names or not drawn:
+        return []
+    titles = {"judge/scored": "scored", "judge/from_cache": "scored before, from the cache"}
+    titles |= {n: f"invalid: {n.removeprefix('judge/invalid/')}" for n in names if n.startswith("judge/invalid/")}
+    rows = [[title, f"{total(n):.0f}", f"{100 * total(n) / drawn:.2f} %"] for n, title in titles.items() if n in names]
+    rows.append(["all samples", f"{drawn:.0f}", ""])
+    repeats = [(n.removeprefix("judge/retry/"), total(n)) for n in names if n.startswith("judge/retry/")]
+    said = ", ".join(f"{cause} {count:.0f}" for cause, count in repeats) or "none"
+    caption = f"Over all steps. An invalid sample is left out of its group. Requests that were repeated: {said}."
+    return [html.heading("Judge"), html.table(["Samples", "Number", "Share"], rows, caption)]
 
 
 def _pictures(folder: Path) -> list[str]:

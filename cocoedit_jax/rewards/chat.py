@@ -202,9 +202,17 @@ class ChatClient:
         tasks = [asyncio.create_task(one(request)) for request in requests]
         loop.tasks.update(tasks)
         try:
-            return list(await asyncio.gather(*tasks))
+            done = await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             loop.tasks.difference_update(tasks)
+        replies: list[ChatReply] = []
+        for request, reply in zip(requests, done, strict=True):
+            if isinstance(reply, asyncio.CancelledError):  # before it had begun
+                reply = ChatReply(request.request_id, failure=Failure("cancelled", "told to stop before it was sent"))
+            if isinstance(reply, BaseException):
+                raise reply
+            replies.append(reply)
+        return replies
 
     async def _complete(self, loop: "_LoopThread", request: ChatRequest, end: float | None) -> ChatReply:
         """Attempts until one gives a reply or a reason to stop; being cancelled is one."""
@@ -262,7 +270,7 @@ class ChatClient:
         healthy: bool | None = None  # being cancelled says nothing of the server
         pause = 0.0
         try:
-            content = json.dumps(request.body(self.model), ensure_ascii=False, allow_nan=False).encode()
+            content = json.dumps(request.body(self.model), allow_nan=False).encode()
             headers = {"X-Request-Id": identity, "Content-Type": "application/json"}
             url = f"{endpoint.url}/chat/completions"
             status, fields, raw = await self._send(loop, "POST", url, content=content, headers=headers)
@@ -366,8 +374,9 @@ class _LoopThread:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks)
-            await asyncio.sleep(0)  # let those who wait for them take their replies
             await self.http.aclose()
+            for _ in range(3):  # let those who wait for them take their replies, and sockets be closed
+                await asyncio.sleep(0)
 
         asyncio.run_coroutine_threadsafe(finish(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -53,14 +53,26 @@ class JudgeScore:
 class Judge(Protocol):
     """Scores for a sequence of requests, in the same order and number. One bad request must not fail the others.
 
-    A judge may also have a method ``fault(extra) -> str | None``: why it cannot judge a record with these further
-    fields. Such records are left out before training starts.
+    A judge may also have some of these methods (``judge_hook``):
+
+    - ``fault(extra) -> str | None``: why it cannot judge a record with these further fields. Such records are left out
+      before training starts.
+    - ``start()``: called when all else is known to be usable, before the model is loaded; raises UserError when the
+      judge cannot be used.
+    - ``check(step)``: called before optimizer step ``step``; raises UserError when the judge is not to be trusted.
+    - ``pop_counters() -> dict[str, float]``: numbers for the log, counted since the last call; they appear as
+      ``judge/NAME``. Names ``invalid/REASON`` and ``retry/CAUSE`` get charts of their own.
+    - ``close()``: gives up calls that are under way; the judge may be called again.
+
+    Calling a judge may raise UserError, for what neither time nor another request can mend: the run then saves its
+    state and stops.
     """
 
     def __call__(self, requests: Sequence[JudgeRequest]) -> list[JudgeScore]: ...
 
 
 JUDGES: dict[str, Callable[..., Judge]] = {}
+_MODULES = ("cocoedit_jax.rewards.vlm_judge",)  # they import this one, to register the judges that they hold
 
 
 def register_judge(name: str) -> Callable[[Callable[..., Judge]], Callable[..., Judge]]:
@@ -81,6 +93,8 @@ def make_judge(name: str, **options: Any) -> Judge:
     Raises:
         UserError: an unknown name or option.
     """
+    for module in _MODULES:
+        importlib.import_module(module)
     factory = _imported(name) if ":" in name else JUDGES.get(name)
     if factory is None:
         raise UserError(f"judge: {name!r} given, expected MODULE:NAME or one of {', '.join(sorted(JUDGES))}")
@@ -88,6 +102,20 @@ def make_judge(name: str, **options: Any) -> Judge:
         return factory(**options)
     except TypeError as error:
         raise UserError(f"judge {name!r}: options {sorted(options)} do not fit ({error})") from error
+
+
+def judge_options(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``make_judge`` from a configuration's section: its plain keys, and those of the subsection that
+    has the judge's name. Subsections of other judges are left out.
+    """
+    plain = {key: value for key, value in section.items() if not isinstance(value, Mapping)}
+    own = section.get(section["name"])
+    return plain | (dict(own) if isinstance(own, Mapping) else {})
+
+
+def judge_hook(judge: Judge, name: str) -> Callable[..., Any]:
+    """An optional method of a judge (see ``Judge``), or a function that does nothing."""
+    return getattr(judge, name, lambda *args: None)
 
 
 def _imported(name: str) -> Callable[..., Judge]:

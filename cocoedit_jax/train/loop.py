@@ -23,6 +23,7 @@ from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.report import write_report
 from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, write_json
+from cocoedit_jax.rewards.judge import judge_hook
 from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.train.checkpoint import Checkpoints
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after
@@ -101,13 +102,15 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(run_dir, self.config.checkpoint.keep)
         self.evaluator = Evaluator(setup)
-        self.queue = RewardQueue(setup.judge, self.cfg)
+        samples = self.config.rollout.groups * self.config.rollout.group_size
+        self.queue = RewardQueue(setup.judge, self.cfg, samples // self.config.rollout.batch_size)
         self.encode = jax.jit(setup.editor.encode)
         self.state = self._initial_state()
         self.banned: set[str] = set()
         self.data = fingerprint(setup.train_records)
         self._programs: dict[int, Programs] = {}
         self.performance = Performance(setup)
+        self.metrics: dict[str, float] = {}  # of the last step
 
     def _initial_state(self) -> TrainState:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
@@ -136,7 +139,13 @@ class Trainer:
         return self._programs[bucket]
 
     def train_step(self, step: int, timer: PhaseTimer) -> tuple[dict[str, float], Drawn]:
-        """Optimizer step ``step`` (from 1): its metrics and the samples it learned from."""
+        """Optimizer step ``step`` (from 1): its metrics and the samples it learned from.
+
+        Raises:
+            UserError: the judge cannot be used, or scored too few samples; the state is that of the step before.
+        """
+        judge_hook(self.setup.judge, "check")(step)
+        self._judge_counters()  # those of evaluations and checks are none of the step's
         step_key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         rollout_key, train_key = jax.random.split(step_key)
         with timer("data"):
@@ -157,13 +166,19 @@ class Trainer:
         with timer("advantage"):
             source, factor = np.asarray(conditioning.source), self.setup.editor.autoencoder.factor
             judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, self.cfg)
+        judged.metrics |= self._judge_counters()
         self._check_rewards(step, judged.metrics)
         drawn = Drawn(programs.grid, plan, batch, conditioning, rollout, judged)
         metrics = judged.metrics | {"seconds/waiting_for_rewards": rollout.seconds_waiting}
         metrics |= self._update(step, drawn, programs, train_key, timer)
         self.banned |= set(judged.banned)
         metrics["groups/banned"] = float(len(self.banned))
+        self.metrics = metrics
         return metrics, drawn
+
+    def _judge_counters(self) -> dict[str, float]:
+        counters = judge_hook(self.setup.judge, "pop_counters")() or {}
+        return {f"judge/{name}": value for name, value in counters.items()}
 
     def _records(self, step: int) -> np.ndarray:
         """Indices of the training records of ``step``, one per group; all of one image size."""
@@ -206,10 +221,15 @@ class Trainer:
         return record_id if self.cfg.group_key == "record" else prompt
 
     def _check_rewards(self, step: int, metrics: dict[str, float]) -> None:
-        share = metrics["samples/unscored"] / metrics["samples/drawn"]
-        if share > self.config.max_unscored:
+        prefix = "judge/invalid/"
+        why = [f"{k.removeprefix(prefix)} x {v:g}" for k, v in metrics.items() if k.startswith(prefix)]
+        self._check_share(f"step {step}", metrics["samples/unscored"] / metrics["samples/drawn"], why)
+
+    def _check_share(self, where: str, unscored: float, why: list[str]) -> None:
+        if unscored > self.config.max_unscored:
+            reasons = f" ({', '.join(why)})" if why else ""
             raise UserError(
-                f"step {step}: {share:.0%} of the samples have no reward, more than config.max_unscored="
+                f"{where}: {unscored:.0%} of the samples have no reward{reasons}, more than config.max_unscored="
                 f"{self.config.max_unscored:.0%}; resume the run when the judge {self.config.judge.name!r} works"
             )
 
@@ -270,8 +290,15 @@ class Trainer:
         self.banned = set(saved["banned"])
         return int(self.state.step)
 
+    def save_state(self) -> None:
+        """Saves the state as it is, unless it is saved already."""
+        if self.checkpoints.latest != int(self.state.step):
+            self.save(self.metrics)
+
     def evaluate(self, adapter: Any, scenes: int, desc: str, stop: Stop) -> Evaluation:
-        """Held-out evaluation with a progress bar; ``adapter`` without its scale, or None."""
+        """Held-out evaluation with a progress bar; ``adapter`` without its scale, or None. Raises UserError if the
+        judge scored too few.
+        """
         folded = None if adapter is None else lora.fold_scale(adapter, self.setup.lora)
         with progress(min(scenes, len(self.setup.held_out_records)), desc, "scene") as bar:
 
@@ -279,9 +306,19 @@ class Trainer:
                 bar.update(count)
                 stop.check()
 
-            return self.evaluator(folded, scenes, done)
+            found = self.evaluator(folded, scenes, done)
+        self._check_share(desc, float(np.isnan(found.metrics["judge"]).mean()), [])
+        return found
+
+    def small_evaluation(self, base: Evaluation) -> dict[str, float]:
+        """Metrics of the first held-out records, for the log. Raises UserError as ``evaluate``."""
+        count = min(self.config.evaluation.every_scenes, len(base.records))
+        now = self.evaluator(lora.fold_scale(self.trained_adapter(), self.setup.lora), count)
+        self._check_share("evaluate", float(np.isnan(now.metrics["judge"]).mean()), [])
+        return {f"held_out/{name}": value["mean"] for name, value in now.summary().items()}
 
     def close(self) -> None:
+        judge_hook(self.setup.judge, "close")()  # first, or the queue would wait for its calls
         self.queue.close()
         self.checkpoints.wait()
         self.checkpoints.close()
@@ -308,14 +345,17 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
                 trainer.save({})
             peak = trainer.performance.peak_source
             print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {peak}")
-            base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base", stop)
-            _take_steps(trainer, start, base, telemetry, stop)
-            adapter = trainer.trained_adapter()
-            trained = trainer.evaluate(adapter, config.evaluation.scenes, "evaluate trained", stop)
+            try:
+                base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base", stop)
+                _take_steps(trainer, start, base, telemetry, stop)
+                adapter = trainer.trained_adapter()
+                trained = trainer.evaluate(adapter, config.evaluation.scenes, "evaluate trained", stop)
+            except UserError as error:  # of the judge, before a step has changed anything
+                trainer.save_state()
+                raise UserError(f"{error}\n{_continue(trainer)}") from error
             telemetry.image(config.train.steps, "held_out", before_after(base, trained))
     except Stopped:
-        kept = trainer.checkpoints.latest
-        print(f"stopped; step {kept} is saved, continue with --resume --run={shlex.quote(str(run_dir))}")
+        print(f"stopped; {_continue(trainer)}")
         return {}
     finally:
         trainer.close()
@@ -333,6 +373,11 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
     return result
 
 
+def _continue(trainer: Trainer) -> str:
+    run = shlex.quote(str(trainer.run_dir))
+    return f"step {trainer.checkpoints.latest} is saved, continue with --resume --run={run}"
+
+
 def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telemetry, stop: Stop) -> None:
     """The optimizer steps after ``start``, each logged, some evaluated and saved. Raises Stopped after a signal."""
     config, timer = trainer.config, PhaseTimer()
@@ -343,8 +388,12 @@ def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telem
             if step % config.evaluation.every == 0 or last or step == 1:
                 telemetry.image(step, "rollout", trainer.picture(drawn))
             if step % config.evaluation.every == 0 and not last and not stop.requested:
-                with timer("evaluate"):
-                    metrics |= _small_evaluation(trainer, base)
+                try:
+                    with timer("evaluate"):
+                        metrics |= trainer.small_evaluation(base)
+                except UserError:  # the step itself is done
+                    telemetry.log(step, metrics)
+                    raise
             seconds = timer.pop()
             metrics |= seconds | trainer.performance(seconds, metrics, drawn.grid, drawn.conditioning.text.shape[1])
             telemetry.log(step, metrics)
@@ -354,9 +403,3 @@ def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telem
             bar.set_postfix(reward=f"{metrics.get('reward/total', np.nan):.3f}")
             bar.update(1)
             stop.check()
-
-
-def _small_evaluation(trainer: Trainer, base: Evaluation) -> dict[str, float]:
-    count = min(trainer.config.evaluation.every_scenes, len(base.records))
-    now = trainer.evaluator(lora.fold_scale(trainer.trained_adapter(), trainer.setup.lora), count)
-    return {f"held_out/{name}": value["mean"] for name, value in now.summary().items()}

@@ -16,9 +16,6 @@ from cocoedit_jax.rewards.blend import blend
 from cocoedit_jax.train.rollout import Rollout
 from cocoedit_jax.train.step import StepBatch
 
-# A group with fewer scored members has no mean to speak of.
-MIN_GROUP = 2
-
 
 @dataclass
 class Judged:
@@ -42,8 +39,9 @@ def judge_rollout(rollout: Rollout, plan: SamplePlan, batch: dict[str, Any], sou
     """Rewards -> advantages -> optimality; ``source`` are the packed source latents of the step's records."""
     keys = group_keys(plan, batch, cfg)
     reward, scored = blend(rollout.rewards, cfg.reward_weights, rollout.reward_valid)
+    drawn = len(np.unique(keys))
     _, index, counts = np.unique(keys[scored], return_inverse=True, return_counts=True)
-    scored[np.flatnonzero(scored)[counts[index] < MIN_GROUP]] = False
+    scored[np.flatnonzero(scored)[counts[index] < cfg.min_group]] = False
     statistics = adv.group_statistics(reward, keys, valid=scored)
     informative = scored & adv.validity(statistics, ban=cfg.ban, ban_std=cfg.ban_std, ban_mean=cfg.ban_mean)
     if cfg.reward_normalise == "per_reward":
@@ -89,6 +87,7 @@ def judge_rollout(rollout: Rollout, plan: SamplePlan, batch: dict[str, Any], sou
         "samples/drawn": float(len(reward)),
         "samples/unscored": float((~np.isfinite(reward)).sum()),
         "samples/used": float(informative.sum()),
+        "groups/dropped": float(drawn - (counts >= cfg.min_group).sum()),
         "groups/banned_now": float(len(finished)),
     }
     return Judged(reward, r, token_weight, informative, finished, metrics)

@@ -61,12 +61,16 @@ def sample_keys(key: Array, index: np.ndarray) -> Array:
 
 
 class RewardQueue:
-    """Scores batches of edits in the background, while the next batch is being sampled."""
+    """Scores batches of edits in the background, while the next batch is being sampled.
 
-    def __init__(self, judge: Judge, cfg: NFTConfig, workers: int = 4):
+    ``batches``: most that are submitted before the first is done; none of them waits for another, because a judge's
+    deadline starts with its call.
+    """
+
+    def __init__(self, judge: Judge, cfg: NFTConfig, batches: int = 4):
         self._judge, self._cfg = judge, cfg
         self._rewards = weighted_rewards(cfg)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
+        self._pool = ThreadPoolExecutor(max(4, batches * len(self._rewards)), thread_name_prefix="reward")
 
     def submit(self, batch: EditBatch) -> dict[str, Future]:
         """Starts scoring; for each reward a future of ``(scores, valid)``."""

@@ -19,7 +19,7 @@ from cocoedit_jax.models import lora
 from cocoedit_jax.models.editor import KontextEditor
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.reporting.telemetry import progress
-from cocoedit_jax.rewards.judge import Judge, make_judge
+from cocoedit_jax.rewards.judge import Judge, judge_hook, judge_options, make_judge
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.config_checks import check_config
 from cocoedit_jax.train.editors import EDITORS
@@ -69,7 +69,7 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
 def _usable(found: RecordSet, editor: KontextEditor, judge: Judge, strict: bool) -> tuple[Record, ...]:
     """The records that model and judge can take. Faults are printed, or refused if ``strict`` or if none is left."""
     records, faults = [], list(found.faults)
-    judge_fault = getattr(judge, "fault", lambda extra: None)
+    judge_fault = judge_hook(judge, "fault")
     for record in found.records:
         reasons = {"instruction": editor.text.fault(record.prompt), "judge": judge_fault(record.extra)}
         faults += [Fault(record.line, kind, f"{record.id!r}: {why}") for kind, why in reasons.items() if why]
@@ -116,7 +116,7 @@ def build(config: ConfigDict) -> Setup:
         raise UserError(f"{jax.process_count()} processes; this trainer runs in one process, on all of its devices")
     mesh = make_mesh(config.mesh.to_dict())
     algorithm = check_config(config, mesh, tuple(EDITORS))
-    judge = make_judge(**config.judge.to_dict())
+    judge = make_judge(**judge_options(config.judge.to_dict()))
     framing = Framing(config.data.resolution, config.data.crop, divisor=16)
     found = load_records(config, framing)
     editor, load_params = EDITORS[config.model.kind](config, mesh, found.root)
@@ -129,7 +129,12 @@ def build(config: ConfigDict) -> Setup:
             f"{found.root}: {len(train)} records to train on and {len(held_out)} held out; expected at least "
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
-    params = load_params()
+    try:
+        judge_hook(judge, "start")()
+        params = load_params()
+    except BaseException:
+        judge_hook(judge, "close")()
+        raise
     return Setup(
         config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, editor, params,
         framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,

@@ -63,6 +63,15 @@ def test_a_group_with_one_known_score_is_dropped():
     assert not out.valid[:K].any() and out.valid[K:].all()
 
 
+def test_the_least_number_of_known_scores_can_be_chosen():
+    scores = spread()
+    scores[[0, 4, 5]] = np.nan
+    out, _ = judged(scores, ban=False, min_group=3)
+    assert out.valid.tolist() == [False, True, True, True] + [False] * K + [True] * K
+    assert out.metrics["groups/dropped"] == 1 and out.metrics["samples/unscored"] == 3
+    assert judged(scores, ban=False)[0].metrics["groups/dropped"] == 0
+
+
 def test_groups_without_spread_are_left_out_and_solved_ones_banned():
     scores = spread()
     scores[:K] = 1.0  # solved: reward .9 + .1 = no spread, high mean

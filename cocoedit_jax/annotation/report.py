@@ -54,7 +54,8 @@ _CSS = """
 .box { position: absolute; border: 2px dashed #ffd60a; } .prompt { font-weight: 600; } .refined { font-style: italic; }
 .bar { background: var(--fill); width: 14rem; height: .9rem; } .bar div { background: #2a78c2; height: 100%; }
 .bins rect { fill: #2a78c2; } .bins line { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 3 2; }
-.wrapped { display: inline-block; white-space: normal; overflow-wrap: anywhere; text-align: left; max-width: 24rem; }
+.wrapped { display: block; white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 9rem;
+  max-width: 24rem; }
 .bins { display: block; } .sliders { display: grid; grid-template-columns: auto minmax(8rem, 1fr) 4rem;
   gap: .3rem .8rem; align-items: center; max-width: 46rem; } .sliders input { width: 100%; }
 #passing { font-weight: 600; font-size: 1.15rem; } fieldset { border: 0; padding: 0; margin: .4rem 0; }

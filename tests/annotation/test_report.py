@@ -164,7 +164,7 @@ def test_pictures(run, page):
     assert len(images) == 4 + 4 + 4 + 20
     cards = [attributes for tag, attributes in parsed.tags if tag == "article"]
     quality = {a.item.id: min(a.scores.values()) for a in annotations if a.mask_file and None not in a.scores.values()}
-    best = sorted(quality, key=quality.get, reverse=True)[:4]
+    best = sorted(quality, key=lambda name: -quality[name])[:4]
     assert [attributes["title"] for attributes in cards[:4]] == best
     assert cards[4]["title"] == "r09"  # a score is missing: the worst
     audited = [attributes for attributes in cards if "data-audit" in attributes]
@@ -280,18 +280,18 @@ def test_the_audit_in_a_browser(run, page, tmp_path):
 
 
 @needs_browser
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (420, True)])
-def test_screenshot(page, tmp_path, width, dark):
+@pytest.mark.parametrize(("width", "height", "dark"), [(1200, 2600, False), (420, 4200, True)])
+def test_screenshot(page, tmp_path, width, height, dark):
     """Looked at: the page is drawn from top to bottom, with photographs, red regions and yellow boxes."""
     path, picture = tmp_path / "report.html", tmp_path / "report.png"
     path.write_text(page, encoding="utf-8")
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
-    browse(path, tmp_path / "profile", f"--screenshot={picture}", f"--window-size={width},3000", *theme)
+    browse(path, tmp_path / "profile", f"--screenshot={picture}", f"--window-size={width},{height}", *theme)
     if folder := os.environ.get("COCOEDIT_SCREENSHOTS"):
         shutil.copy(picture, Path(folder) / f"annotation_report_{width}.png")
     with Image.open(picture) as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    assert pixels.shape[:2] == (3000, width)
+    assert pixels.shape[:2] == (height, width)
     back = (27, 30, 36) if dark else (255, 255, 255)
     assert (pixels[2, 2] == back).all()
     drawn = (np.abs(pixels - back).sum(axis=2) > 30).mean(axis=1)

@@ -45,7 +45,7 @@ def test_jsonl(tmp_path):
             "prompt": "p",
             "id": 7,
             "edit_type": "add",
-            "source": "mine",
+            "source": "s",
             "license": "CC0",
         },
     )
@@ -196,7 +196,7 @@ def test_omniedit_goes_on_where_it_was_stopped(omni_folder, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         unpack_omniedit(omni_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert unpack_omniedit(omni_folder, tmp_path / "out").split(" in ")[0] == whole.split(" in ")[0]
+    assert unpack_omniedit(omni_folder, tmp_path / "out").splitlines()[:-1] == whole.splitlines()[:-1]
     assert seen == ["train-00000-of-00002", "train-00001-of-00002", "train-00001-of-00002"]
     assert (tmp_path / "out/prompts.jsonl").read_text() == (tmp_path / "whole/prompts.jsonl").read_text()
 

@@ -58,7 +58,7 @@ def test_plain_surfaces_are_told_apart(tmp_path):
     for number, colour in enumerate(colours):
         Image.new("RGB", (64, 64), colour).save(tmp_path / f"{number}.png")
     prints = fingerprints(sorted(tmp_path.iterdir()))
-    assert {found.dhash for found in prints} == {0} and same_picture(prints) == [0, 1, 2, 0]
+    assert {found.dhash for found in prints if found} == {0} and same_picture(prints) == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("threshold", [0, 3, 7])

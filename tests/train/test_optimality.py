@@ -121,6 +121,7 @@ def test_packing(invalid):
     assert set(rows[valid].tolist()) == set(range(GROUPS * K)) - {2, 7}
     # Every row carries its own sample, record and threshold.
     np.testing.assert_array_equal(step.x0.reshape(-1, n, 48)[valid], rollout.x0[rows[valid]])
+    assert step.conditioning.text.pooled is not None
     np.testing.assert_array_equal(step.conditioning.text.pooled.reshape(-1)[valid], plan.group[rows[valid]])
     # The loss holds to the source where the mask is 0: 1 means keep.
     np.testing.assert_array_equal(

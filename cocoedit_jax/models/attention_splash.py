@@ -1,5 +1,7 @@
 """Splash attention, JAX's Pallas kernel for TPUs, without a causal mask."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel

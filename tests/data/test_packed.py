@@ -12,10 +12,11 @@ from cocoedit_jax.data.packed import Pack
 from cocoedit_jax.data.prepare import write_scenes
 from cocoedit_jax.data.records import fingerprint, read_records, split_records
 from cocoedit_jax.data.source import load_batch, record_dataset
-from cocoedit_jax.data.text_cache import TextCache, cache_folder
-from cocoedit_jax.data.text_cache_writer import TextCacheWriter
+from cocoedit_jax.data.text_cache import TextCache
 from cocoedit_jax.data.text_identity import text_identity
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.text import Instruction
+from tests.data.text_cases import FLUX, embed, tiny_model, write
 
 
 @pytest.fixture
@@ -23,28 +24,11 @@ def folder(tmp_path):
     return write_scenes(tmp_path / "data", 7, size=32)
 
 
-def encoder_identity(model):
-    for name, files in {
-        "text_encoder": ("config.json", "model.safetensors"),
-        "text_encoder_2": ("config.json", "model.safetensors"),
-        "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
-        "tokenizer_2": ("tokenizer_config.json", "tokenizer.json"),
-    }.items():
-        (model / name).mkdir(parents=True)
-        for file in files:
-            (model / name / file).write_text("{}")
-    return text_identity(model)
-
-
 def test_training_reads_the_same(folder, tmp_path):
-    identity = encoder_identity(tmp_path / "model")
-    rng = np.random.default_rng(0)
-    prompts = list(
-        dict.fromkeys(json.loads(line)["prompt"] for line in (folder / "metadata.jsonl").read_text().splitlines())
-    )
-    with TextCacheWriter(cache_folder(folder, 8), identity, 8, "float32") as writer:
-        text = rng.normal(size=(len(prompts), 8, 6)).astype(np.float32)
-        writer.add(prompts, text, text[:, 0])
+    identity = text_identity(tiny_model(tmp_path / "model"))
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    prompts = [Instruction(prompt) for prompt in dict.fromkeys(json.loads(line)["prompt"] for line in lines)]
+    write(folder, identity, prompts, dtype="float32")
     summary = pack_folder(folder, tmp_path / "packed", part_bytes=10_000)
     assert summary.startswith("7 records packed in") and "each compared" in summary and "text embeddings" not in summary
     parts = list((tmp_path / "packed/packed").glob("*.array_record"))
@@ -59,8 +43,8 @@ def test_training_reads_the_same(folder, tmp_path):
     for name in ("image", "edit_mask"):
         np.testing.assert_array_equal(batches[0][name], batches[1][name])
     assert all(batches[0][name] == batches[1][name] for name in ("prompt", "id", "edit_type", "extra"))
-    cached = TextCache(cache_folder(tmp_path / "packed", 8), identity, 8)(prompts[:2])
-    np.testing.assert_array_equal(cached["text"], text[:2])
+    cached = TextCache(tmp_path / "packed", FLUX, identity)(prompts[:2])
+    np.testing.assert_array_equal(cached["text"], [row["text"] for row in embed(prompts[:2])])
 
 
 def test_entries_are_the_files_byte_by_byte(folder, tmp_path):

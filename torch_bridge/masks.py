@@ -19,7 +19,7 @@ from cocoedit_jax.annotation.boxes import Box
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.hub import resolve_model
 from torch_bridge import require_torch
-from torch_bridge.flux_text import default_device
+from torch_bridge.loading import default_device
 
 # Part of a checkpoint's file name -> configuration inside the package sam2.
 CONFIGS = {

@@ -34,8 +34,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.model.guidance = 2.5  # embedded guidance scale
     config.model.vae_dtype = "float32"  # of the autoencoder
     config.model.vae_tile = 0  # pixels: decode larger pictures in tiles of this size; 0: exactly
-    config.model.remat = "full"  # none, dots, full: what the backward pass recomputes
-    config.model.attention = "auto"  # auto, xla, blocked, cudnn
+    config.model.remat = "full"  # what the backward pass recomputes, rising: none, dots, attention, full, offload
+    config.model.attention = "auto"  # auto, xla, blocked, cudnn (GPU), splash (TPU), ulysses, ring (mesh.context)
 
     config.data = ConfigDict()
     config.data.path = "data/cocoedit-40k"  # metadata.jsonl, images/, masks/; masks are white where to keep

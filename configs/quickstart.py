@@ -36,8 +36,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.model = ConfigDict()
     config.model.kind = "quickstart"
     config.model.path = ""  # folder of a base; empty: the one that ships with the package
-    config.model.remat = "none"  # none, dots, full: what the backward pass recomputes
-    config.model.attention = "auto"  # auto, xla, blocked, cudnn
+    config.model.remat = "none"  # what the backward pass recomputes, rising: none, dots, attention, full, offload
+    config.model.attention = "auto"  # auto, xla, blocked, cudnn (GPU), splash (TPU), ulysses, ring (mesh.context)
 
     config.data = ConfigDict()
     config.data.path = ""  # metadata.jsonl, images/, masks/ (white where to keep); empty: scenes, drawn into data/

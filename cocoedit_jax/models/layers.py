@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from cocoedit_jax.models.attention import attention
+from cocoedit_jax.models.parallel import join_streams, split_streams
 
 Array = jax.Array
 Dtype = Any
@@ -166,8 +167,8 @@ class JointAttention(nn.Module):
     """Self-attention over one stream, or over [text, image] with separate projections for the text stream.
 
     With ``context=None`` (FLUX single blocks) there is one set of projections and no output projection; otherwise the
-    text stream has its own ``add_*`` projections and both outputs are projected (MMDiT double blocks). ``key_mask``,
-    bool over [text, image], is False for keys that none attends to.
+    text stream has its own ``add_*`` projections and both outputs are projected (MMDiT double blocks). ``rope`` and
+    ``key_mask``, bool and False for keys that none attends to, are of the joint sequence (``parallel.join_streams``).
     """
 
     num_heads: int
@@ -195,12 +196,13 @@ class JointAttention(nn.Module):
             cq, ck, cv = self._project(
                 context, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             )
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((cq, q), (ck, k), (cv, v)))
-        out = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, key_mask=key_mask, backend=self.backend)
+            q, k, v = (join_streams(*pair) for pair in ((cq, q), (ck, k), (cv, v)))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out = attention(q, k, v, key_mask=key_mask, backend=self.backend, sharded=True)
         out = out.reshape(*out.shape[:2], features)
         if context is None:
             return out, None
-        n_context = context.shape[1]
-        out_x = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_out.0")(out[:, n_context:])
-        out_context = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_add_out")(out[:, :n_context])
+        out_context, out_x = split_streams(out, context.shape[1])
+        out_x = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_out.0")(out_x)
+        out_context = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_add_out")(out_context)
         return out_x, out_context

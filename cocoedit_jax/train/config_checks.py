@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
-from cocoedit_jax.models.attention import BACKENDS
+from cocoedit_jax.models.attention import BACKENDS, CONTEXT_BACKENDS
 from cocoedit_jax.models.blocks import REMAT_POLICIES
+from cocoedit_jax.models.parallel import CONTEXT
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.registry import weighted_rewards
 from cocoedit_jax.sharding.mesh import DATA
@@ -71,6 +72,19 @@ def _model_problems(model: ConfigDict) -> list[str]:
     return problems
 
 
+# Kernels that exist on one kind of device.
+KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+
+
+def _mesh_problems(config: ConfigDict, mesh: Mesh) -> list[str]:
+    """Of attention backends that the mesh cannot run."""
+    name, platform = config.model.attention, mesh.devices.flat[0].platform
+    if name in CONTEXT_BACKENDS and mesh.shape[CONTEXT] == 1:
+        return [_problem(config, "model.attention", "another one, or config.mesh.context above 1: it splits sequences")]
+    needed = KERNEL_PLATFORMS.get(name, platform)
+    return [] if needed == platform else [_problem(config, "model.attention", f"another one on a {platform}")]
+
+
 def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTConfig:
     """The algorithm settings of a usable configuration; ``kinds`` are the editors there are.
 
@@ -80,7 +94,7 @@ def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTC
     choices = {
         "model.kind": kinds,
         "model.remat": tuple(REMAT_POLICIES),
-        "model.attention": ("auto", *BACKENDS),
+        "model.attention": ("auto", *BACKENDS, *CONTEXT_BACKENDS),
         "rollout.solver": tuple(SOLVERS),
         "evaluation.solver": tuple(SOLVERS),
         "data.crop": ("center", "buckets"),
@@ -102,7 +116,7 @@ def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTC
     problems += [
         _problem(config, key, "true or false") for key in BOOLEANS if not isinstance(value_of(config, key), bool)
     ]
-    problems += _model_problems(config.model)
+    problems += _model_problems(config.model) + _mesh_problems(config, mesh)
     if problems:
         raise UserError("\n".join(problems))
     samples, shards = config.rollout.groups * config.rollout.group_size, mesh.shape[DATA]

@@ -52,6 +52,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.rollout.batch_size = 24  # edits sampled at once, over all devices
     config.rollout.steps = 10  # sampler steps
     config.rollout.solver = "dpm2"  # dpm2, euler, ddim, dpm1
+    config.rollout.layout = ""  # of sampling alone, such as "fsdp_tensor:tensor=4"; empty: config.mesh
 
     config.train = ConfigDict()
     config.train.steps = 1000  # optimizer steps
@@ -59,6 +60,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.train.learning_rate = 3e-4
     config.train.weight_decay = 1e-4
     config.train.max_grad_norm = 1.0
+    config.train.layout = ""  # of the optimizer step alone; empty: config.mesh
+    config.train.adapters = "replicated"  # adapters and optimizer state; sharded: over the fsdp axis
 
     config.lora = ConfigDict()
     config.lora.rank = 32
@@ -71,9 +74,12 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.judge.name = "vlm"  # a registered judge, or MODULE:NAME of your own (CONTRIBUTING.md, "Add a judge")
     config.judge.vlm = vlm_judge()
 
-    config.mesh = ConfigDict()  # devices per mesh axis; -1: all that are left
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
+    config.mesh = ConfigDict()  # how work is split over devices
+    config.mesh.layout = "replicated"  # replicated, fsdp, data_fsdp, tensor, fsdp_tensor, fsdp_context
+    config.mesh.data = 0  # devices on an axis; -1: all that are left; 0: as the layout says
+    config.mesh.fsdp = 0
+    config.mesh.context = 0
+    config.mesh.tensor = 0
 
     config.evaluation = ConfigDict()
     config.evaluation.scenes = 64  # held-out records, before and after

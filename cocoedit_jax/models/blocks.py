@@ -19,7 +19,7 @@ from cocoedit_jax.models.layers import (
     layer_norm,
     modulate,
 )
-from cocoedit_jax.models.parallel import constrain_tokens
+from cocoedit_jax.models.parallel import constrain_tokens, holds_shards, not_whole_weights
 
 Array = jax.Array
 Rope = tuple[Array, Array]
@@ -134,8 +134,11 @@ def stack(block: type[nn.Module], length: int, remat: str) -> Any:
     """``block`` scanned over ``length`` layers, rematerialised by the named policy; the body returns no parameters."""
     if remat not in REMAT_POLICIES:
         raise KeyError(f"remat={remat!r} is unknown; expected one of {sorted(REMAT_POLICIES)}")
-    if remat != "none":
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    policy = REMAT_POLICIES[remat]
+    if remat == "none" and holds_shards():
+        policy = not_whole_weights
+    if policy is not None:
+        block = nn.remat(block, policy=policy, prevent_cse=False)
     broadcast: Any = nn.broadcast
     return nn.scan(
         block,

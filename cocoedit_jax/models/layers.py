@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cocoedit_jax.models import parallel
 from cocoedit_jax.models.attention import attention
 from cocoedit_jax.models.parallel import join_streams, split_streams
 
@@ -37,12 +38,15 @@ class Linear(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
 
+    def _weight(self, name: str, init: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
+        if parallel.holds_shards():
+            return parallel.whole(self.get_variable("params", name), axes, shape)
+        return self.param(name, partitioned(init, axes), shape, self.dtype)
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel_init = partitioned(self.kernel_init, self.axes)
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.dtype)
-        bias_init = partitioned(nn.initializers.zeros, (self.axes[1],))
-        bias = self.param("bias", bias_init, (self.features,), self.dtype)
+        kernel = self._weight("kernel", self.kernel_init, self.axes, (x.shape[-1], self.features))
+        bias = self._weight("bias", nn.initializers.zeros, self.axes[1:], (self.features,))
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         if self.has_variable(LORA, "lora_A"):

@@ -15,17 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from cocoedit_jax.sharding.mesh import CONTEXT
+from cocoedit_jax.sharding.rules import ACTIVATION_RULES, RULES
+
 Array = jax.Array
 
-BATCH, TOKENS, HEADS = "batch", "tokens", "heads"
-CONTEXT = "context"  # mesh axis: tokens of one sequence
-
-# Logical names of activation dimensions -> mesh axes, outermost first.
-ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
-    BATCH: ("data", "fsdp"),
-    TOKENS: (CONTEXT,),
-    HEADS: ("tensor",),
-}
+BATCH, TOKENS, HEADS = "batch", "tokens", "heads"  # names in ``ACTIVATION_RULES``
 
 
 def automatic_axes() -> dict[str, int]:
@@ -73,6 +68,49 @@ def constrain_tokens(x: Array) -> Array:
     works on its own share. Without that axis, or where it does not divide S, they stay as they are."""
     spec = activation_spec((BATCH, TOKENS, None), x.shape)
     return x if context_size() == 1 or spec[1] is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+# Where a mesh axis is manual, a network is given each device's shards of its weights, and a layer fetches the rest of
+# its own when it runs: one layer's are whole at a time. No gradient is reduced on the way back, as an automatic axis
+# would: the base is frozen, and those of the adapters stay with the samples that made them.
+
+
+def holds_shards() -> bool:
+    """Whether weights may be shards that ``whole`` completes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(axis in mesh.manual_axes and mesh.shape[axis] > 1 for axis in RULES.values())
+
+
+def whole(shard: Array, names: Sequence[str | None], shape: Sequence[int]) -> Array:
+    """The weight of ``shape`` and logical axis ``names``, fetched from the devices that hold the rest of ``shard``.
+
+    Raises:
+        ValueError: it is no shard of such a weight.
+    """
+    axes = [RULES[name] if name else None for name in names]
+    missing = [dimension for dimension, size in enumerate(shape) if shard.shape[dimension] != size]
+
+    def fetch(x: Array) -> Array:
+        for dimension in missing:
+            x = jax.lax.all_gather(x, axes[dimension], axis=dimension, tiled=True)
+        return x
+
+    others = automatic_axes()
+    if missing and max(others.values(), default=1) > 1:
+        # Those axes are made manual too: across automatic ones, every device would first fetch all of their shares.
+        split = (axis in others and size % others[axis] == 0 for axis, size in zip(axes, shape, strict=True))
+        spec = PartitionSpec(*(axis if divides else None for axis, divides in zip(axes, split, strict=True)))
+        fetch = jax.shard_map(fetch, in_specs=spec, out_specs=spec, axis_names=frozenset(others), check_vma=False)
+    weight = fetch(shard)
+    if weight.shape != tuple(shape):
+        raise ValueError(f"weight of {weight.shape} from shards of {shard.shape}; expected {tuple(shape)}")
+    return weight
+
+
+def not_whole_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Rematerialisation policy: keep all but the weights that ``whole`` fetched, which would be those of all layers."""
+    return primitive.name != jax.lax.all_gather_p.name
 
 
 # --- joint sequences -------------------------------------------------------------------------------------------------

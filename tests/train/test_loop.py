@@ -156,7 +156,7 @@ def test_another_configuration_cannot_resume(config, tiny_base, tiny_data, tmp_p
         ("data.held_out", 0.0, "held_out=0.0"),
         ("algorithm.tau_by_edit_type", {"recolour": (0.1, 0.2)}, "recolour.*is the type of no record"),
         ("data.path", "no/such/folder", "no/such/folder"),
-        ("train.micro_batch", 3, "train.micro_batch=3.*multiple of the 2"),
+        ("train.micro_batch", 3, "train.micro_batch=3.*multiple of the 2 shares"),
         ("rollout.groups", 1000, "records to train on"),
         ("model.kind", "sdxl", "model.kind='sdxl'.*'quickstart'"),
         ("model.remat", "some", "model.remat='some'.*'full'"),
@@ -169,6 +169,11 @@ def test_another_configuration_cannot_resume(config, tiny_base, tiny_data, tmp_p
         ("judge.name", "gpt", "gpt"),
         ("algorithm.lambda_ner", -1.0, "lambda_ner is -1.0"),
         ("mesh.data", 9, "mesh"),
+        ("mesh.layout", "zero", "config.mesh.layout='zero'.*'fsdp_tensor'"),
+        ("rollout.layout", "fsdp:fsdp=16", "config.rollout.layout='fsdp:fsdp=16'.*8 device"),
+        ("train.layout", "fsdp", "config.rollout.layout='' takes 2 device.*config.train.layout='fsdp' 8"),
+        ("train.adapters", "split", "train.adapters='split'.*'sharded'"),
+        ("mesh.tensor", 4, "config.mesh: 4 devices on the tensor axis.*2 attention heads"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_runs(tiny_base, tiny_data, key, value, message):

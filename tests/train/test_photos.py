@@ -39,6 +39,7 @@ def photos(tmp_path):
 PHASES = {"rollout.layout": "tensor:data=2,tensor=2", "train.layout": "fsdp_tensor:fsdp=2,tensor=2"}
 
 
+@pytest.mark.slow
 def test_buckets_and_phases_of_different_layouts(tiny_base, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(
         judges.JUDGES, "red", lambda: lambda rs: [JudgeScore(float(r.edited[..., 0].mean())) for r in rs]

@@ -12,15 +12,8 @@ from cocoedit_jax.sharding.rules import RULES
 from tests.train.layout_cases import Case, rollout, step
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-LAYOUTS = (
-    "replicated",
-    "fsdp",
-    "data_fsdp",
-    "tensor",
-    "fsdp_tensor",
-    "fsdp_context",
-    "fsdp_context:context=2,tensor=2",
-)
+ALL_AXES = "fsdp_context:context=2,tensor=2"
+LAYOUTS = ("replicated", "fsdp", "data_fsdp", "tensor", "fsdp_tensor", "fsdp_context", ALL_AXES)
 # Those that are not slow cover every axis, both models and two remat policies.
 FAST = {("flux", ALL_AXES), ("qwen", "fsdp")}
 CASES = [

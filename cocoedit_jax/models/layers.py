@@ -101,7 +101,9 @@ class Modulation(Linear):
             out = self.get_variable(MODULATION, "table")[temb].astype(self.dtype)
         else:
             out = super().__call__(nn.silu(temb))
-        return jnp.split(out[:, None], self.num_chunks, axis=-1)
+        # Fetched whole where features are split; or the tokens that they modulate would be split, and fetched.
+        out = parallel.constrain(out[:, None], (parallel.BATCH, None, None))
+        return jnp.split(out, self.num_chunks, axis=-1)
 
 
 def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10_000.0, scale: float = 1.0) -> Array:

@@ -63,11 +63,17 @@ def shards(axes: str | tuple[str, ...] | None) -> int:
     return math.prod(sizes[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
+def constrain(x: Array, names: Sequence[str | None]) -> Array:
+    """``x``, split by ``activation_spec`` and in no other way. Where there is nothing to split over, as it is."""
+    if max(automatic_axes().values(), default=1) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(names, x.shape))
+
+
 def constrain_tokens(x: Array) -> Array:
-    """States ``[B, S, D]``, with their tokens split over the context axis, so that every layer between two attentions
-    works on its own share. Without that axis, or where it does not divide S, they stay as they are."""
-    spec = activation_spec((BATCH, TOKENS, None), x.shape)
-    return x if context_size() == 1 or spec[1] is None else jax.lax.with_sharding_constraint(x, spec)
+    """States ``[B, S, D]``, with their tokens split over the context axis where it divides S, so that every layer
+    between two attentions works on its own share; and with all of their features on every device."""
+    return constrain(x, (BATCH, TOKENS, None))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

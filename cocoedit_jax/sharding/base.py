@@ -15,7 +15,9 @@ def reshard(tree: Any, shardings: Any) -> Any:
     def move(x: jax.Array, sharding: Any) -> jax.Array:
         if x.sharding.is_equivalent_to(sharding, x.ndim):
             return x
-        return jax.block_until_ready(jax.device_put(x, sharding, donate=True))
+        moved = jax.block_until_ready(jax.device_put(x, sharding))
+        x.delete()  # donated, it would be kept where its shards are of another size
+        return moved
 
     return jax.tree.map(move, tree, shardings)
 

@@ -41,7 +41,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     Raises:
         ValueError: a form of device groups that is not known.
     """
-    computations = _computations(text)
+    computations = _computations(re.sub(r"/\*.*?\*/", "", text))
     inside = _inside_loops(computations)
     found = []
     for name, lines in computations.items():
@@ -112,11 +112,14 @@ def _groups(line: str, devices: int) -> Sequence[Sequence[int]]:
         shape, dims, order = ([int(n) for n in part.split(",")] if part else [] for part in tiled.groups())
         ids = np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
         return ids.reshape(shape[0], -1).tolist()
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, ?device_ids=\(?\[[^)]*\)?)? *\{(.*?)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", named[1])}
-        used = re.findall(r"'?([\w.]+)'?", named[2])
-        names = list(sizes)
-        order = [names.index(n) for n in names if n not in used] + [names.index(n) for n in names if n in used]
-        ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose(order)
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{((?:'\w+'(?:, ?)?)*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        names, used = list(sizes), re.findall(r"'(\w+)'", named[3])
+        ids = np.arange(math.prod(sizes.values()))
+        if named[2]:
+            dims, order = ([int(n) for n in re.findall(r"\d+", part)] for part in named[2].split("T"))
+            ids = ids.reshape(dims).transpose(order)
+        across = sorted(range(len(names)), key=lambda n: names[n] in used)
+        ids = ids.reshape(list(sizes.values())).transpose(across)
         return ids.reshape(-1, math.prod(sizes[n] for n in used)).tolist()
     raise ValueError(f"device groups of another form than those known: {line.strip()[:400]}")

@@ -109,20 +109,18 @@ def test_collectives_of_a_program():
             return x + jax.lax.psum(x, "tensor")
 
         x = jax.lax.fori_loop(0, 3, layer, x)
-        return jax.lax.psum(
-            jax.lax.all_gather(w, "fsdp", axis=0, tiled=True).sum().astype(x.dtype) + x, ("data", "fsdp")
-        )
+        return jax.lax.psum(jax.lax.all_gather(w, "fsdp", axis=0, tiled=True).sum() + x, ("data", "fsdp"))
 
     run = jax.shard_map(
         run, mesh=mesh, in_specs=(PartitionSpec(("data", "fsdp")), PartitionSpec("fsdp")), out_specs=PartitionSpec(),
         check_vma=False,
     )  # fmt: skip
     x = jax.device_put(jnp.ones((8, 5)), batch_sharding(mesh))
-    text = jax.jit(run).lower(x, jax.device_put(jnp.ones((4, 3), jnp.bfloat16), replicated(mesh))).compile().as_text()
+    text = jax.jit(run).lower(x, jax.device_put(jnp.ones((4, 3)), replicated(mesh))).compile().as_text()
     found = {(c.kind, c.axes, c.bytes, c.in_loop) for c in collectives(text or "", mesh)}
     assert found == {
         ("all-reduce", ("tensor",), 2 * 5 * 4, True),
-        ("all-gather", ("fsdp",), 4 * 3 * 2, False),
+        ("all-gather", ("fsdp",), 4 * 3 * 4, False),
         ("all-reduce", ("data", "fsdp"), 2 * 5 * 4, False),
     }
 
@@ -133,9 +131,10 @@ def test_collectives_of_a_program():
         ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
         ("replica_groups={}", ("data", "fsdp", "tensor")),
         ("replica_groups=[4,2]<=[8]", ("tensor",)),
-        ("replica_groups=[4,2]<=[4,2]T(1,0)", ("data",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
         ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ("data", "tensor")),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", ("data", "fsdp")),
+        ("replica_groups=mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'y'}", ("tensor",)),
         ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", ("fsdp",)),
     ],
 )

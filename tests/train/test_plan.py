@@ -13,7 +13,7 @@ from cocoedit_jax.models.weights import tensor_shapes
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.sharding.rules import sharded_shapes
-from cocoedit_jax.train.plan import StepShape, abstract_state, lower_step, memory, published_editor
+from cocoedit_jax.train.plan import StepShape, abstract_state, lower_rollout, lower_step, memory, published_editor
 from tests.train.tiny import SIZE, tiny_quickstart
 
 
@@ -36,6 +36,16 @@ def test_a_tiny_step_needs_its_parameters_state_and_batch():
     assert planned["aliased"] >= 0.9 * local_bytes(state)  # the state is donated
     whole = sharded_shapes(editor.abstract(), make_mesh({"data": 1}))
     assert local_bytes(params["transformer"]) < 0.5 * local_bytes(whole["transformer"])
+
+
+def test_a_tiny_rollout_gives_its_share_of_latents_and_pictures():
+    editor, mesh = build_editor(tiny_quickstart()), make_mesh({"data": 2, "fsdp": 2})
+    words = tiny_quickstart().max_words
+    shape = StepShape(SIZE, SIZE, text_tokens=words, rollout_batch=8, sampler_steps=2, solver="euler")
+    planned = memory(lower_rollout(editor, lora.LoraConfig(2, 4), shape, mesh).compile())
+    latents = pictures = 2 * SIZE * SIZE * 3 * 4  # two samples on each device, and pixels are the latents
+    assert latents + pictures <= planned["results"] < latents + pictures + 256
+    assert planned["arguments"] >= local_bytes(sharded_shapes(editor.abstract(), mesh)["transformer"]) + latents
 
 
 # tensors and parameters of the published checkpoint's transformer and (used) autoencoder, LoRA tensors and parameters

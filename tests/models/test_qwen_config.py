@@ -24,7 +24,10 @@ PUBLISHED = {
     [
         ({}, QwenConfig()),
         ({"pooled_projection_dim": 768}, QwenConfig()),  # files of diffusers 0.34
-        ({"zero_cond_t": True, "use_additional_t_cond": False, "use_layer3d_rope": False}, QwenConfig(zero_cond_t=True)),
+        (
+            {"zero_cond_t": True, "use_additional_t_cond": False, "use_layer3d_rope": False},
+            QwenConfig(zero_cond_t=True),
+        ),
     ],
     ids=["edit", "older", "2511"],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from cocoedit_jax.data.text_kind import qwen_template
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.inference.edit import EditOptions
 from cocoedit_jax.models import flux, kontext, lora, lora_files, modulation, orbax_weights, qwen, qwen_edit
@@ -66,11 +67,13 @@ def load_for_editing(
     build: Any = kontext.build_kontext if kind == "flux" else qwen_edit.build_qwen_edit
     embedded = {"guidance": guidance} if kind == "flux" else {}
     editor: Editor = build(folder, PrecomputedText.of({}), dtype=jnp.dtype(dtype), vae_tile=vae_tile, **embedded)
-    sizes = _check(editor, kind, options, pictures)
+    sizes = _check(folder, editor, kind, options, pictures)
     file = None if lora_path is None else lora_files.read_lora(Path(lora_path), alpha=lora_alpha, model=kind)
-    # Layers that a LoRA changes must be there.
-    if isinstance(editor, qwen_edit.QwenEditor) and not modulation.any_replaced(file.layers if file else ()):
-        editor = qwen_edit.with_modulation_at(editor, [editor.sigmas(options.steps, editor.grid(*s)) for s in sizes])
+    if isinstance(editor, qwen_edit.QwenEditor):
+        tabled = qwen_edit.with_modulation_at(editor, [editor.sigmas(options.steps, editor.grid(*s)) for s in sizes])
+        # Layers that a LoRA changes must be there, and tables of very many sigmas are larger than the layers.
+        levels, changed = len(tabled.modulation_sigmas or ()), modulation.any_replaced(file.layers if file else ())
+        editor = editor if changed or levels > editor.transformer.config.hidden else tabled
     # Text comes first: JAX takes most of a GPU's memory when it starts.
     editor = dataclasses.replace(editor, text=encode(folder, kind))
     mesh = make_mesh({"fsdp": -1})
@@ -83,16 +86,19 @@ def load_for_editing(
     return editor, load(folder, editor, place), adapter
 
 
-def _check(editor: Editor, kind: str, options: EditOptions, pictures: Sequence[Sequence[Size]]) -> set[Size]:
+def _check(
+    folder: Path, editor: Editor, kind: str, options: EditOptions, pictures: Sequence[Sequence[Size]]
+) -> set[Size]:
     """The sizes of all edits. Raises UserError for what this editor cannot do."""
+    limit = 1 if kind == "qwen" and qwen_template(folder) == "edit" else editor.max_sources
     if options.size is not None:
         try:
             editor.grid(*options.size)
         except ValueError as error:
             raise UserError(f"--size={options.size[1]}x{options.size[0]}: {error}") from error
     most = max((len(own) for own in pictures), default=0)
-    if most > editor.max_sources:
-        raise UserError(f"{most} pictures for one edit; expected at most {editor.max_sources} for this model")
+    if most > limit:
+        raise UserError(f"{most} pictures for one edit; expected at most {limit} for the model in {folder}")
     if options.true_cfg > 1 and editor.guidance is not None:
         raise UserError(f"--true_cfg={options.true_cfg:g}: this model embeds its guidance; expected 1, and --guidance")
     return {options.sizes(editor, own)[0] for own in pictures}

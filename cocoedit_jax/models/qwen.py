@@ -67,10 +67,12 @@ class QwenConfig:
         checks |= dict.fromkeys(
             ("in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim"), SIZE
         )
-        unused = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
-        checks |= dict.fromkeys(unused, exactly(False))
+        off = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
+        checks |= dict.fromkeys(off, exactly(False))
+        checks["pooled_projection_dim"] = SIZE  # in files of the first version, without a meaning there too
         given = {"out_channels": 16} | dict(raw)
-        return from_diffusers(cls, CLASS_NAME, given, checks, unused=("patch_size", "out_channels", *unused))
+        unused = ("patch_size", "out_channels", "pooled_projection_dim", *off)
+        return from_diffusers(cls, CLASS_NAME, given, checks, unused=unused)
 
     @property
     def hidden(self) -> int:

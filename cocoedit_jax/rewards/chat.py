@@ -373,7 +373,8 @@ class _LoopThread:
             tasks = list(self.tasks)
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks)
+            # One that was cancelled before it started has no reply.
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self.http.aclose()
             for _ in range(3):  # let those who wait for them take their replies, and sockets be closed
                 await asyncio.sleep(0)

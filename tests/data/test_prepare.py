@@ -120,7 +120,7 @@ def test_command(tmp_path):
             "--crop, --num: not used with --encode",
         ),
         (["--check=x", "--model=m"], "--model: not used with --check"),
-        (["--out=x", "--max_length=512", "--dtype=auto"], "--max_length, --dtype: not used with making data"),
+        (["--out=x", "--max_length=512", "--dtype=auto"], "--dtype, --max_length: not used with making data"),
     ],
 )
 def test_usage(arguments, message):

@@ -55,7 +55,8 @@ def test_photographs(photos):
     assert len(dataset) == 3
     item = dataset[1]
     assert item is not None
-    assert set(item) == {"image", "edit_mask", "prompt", "id", "edit_type", "extra", "index"}
+    assert set(item) == {"image", "edit_mask", "image_name", "prompt", "id", "edit_type", "extra", "index"}
+    assert item["image_name"] == second.image.relative_to(photos).as_posix()
     assert item["prompt"] == "remove the spoon" and item["extra"] == {"source": "skimage"} and item["index"] == 1
     assert item["image"].shape == (128, 128, 3) and item["edit_mask"].shape == (128, 128)
     assert 0.05 < item["edit_mask"].mean() < 0.25  # 1 = may change: the black part of the file

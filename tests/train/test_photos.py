@@ -39,6 +39,7 @@ def photos(tmp_path):
 PHASES = {"rollout.layout": "replicated:data=4", "train.layout": "fsdp:fsdp=4"}
 
 
+@pytest.mark.slow
 def test_buckets_and_phases_of_different_layouts(tiny_base, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(
         judges.JUDGES, "red", lambda: lambda rs: [JudgeScore(float(r.edited[..., 0].mean())) for r in rs]

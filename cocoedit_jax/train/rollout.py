@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from cocoedit_jax.data.groups import SamplePlan
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import sample
+from cocoedit_jax.models import parallel
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.judge import Judge
@@ -74,12 +75,14 @@ def make_sampler(editor: Editor, grid: Grid, sigmas: np.ndarray, solver: str, me
 
     def draw(network: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> Array:
         shape = (grid.tokens, editor.token_channels)
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+        # Latents are whole wherever a sample is: they are small, and how pictures are split must not spread to them.
+        whole = lambda x: parallel.constrain(x, (parallel.BATCH, None, None))  # noqa: E731
+        noise = whole(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
 
         def velocity(z: Array, sigma: Array) -> Array:
             return editor.velocity(network, adapter, z, jnp.full((z.shape[0],), sigma), conditioning, grid)
 
-        return sample(velocity, noise, sigmas, solver)
+        return whole(sample(velocity, noise, sigmas, solver))
 
     everywhere, samples = PartitionSpec(), PartitionSpec(SAMPLE_AXES)
     draw = jax.shard_map(

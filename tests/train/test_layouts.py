@@ -91,7 +91,8 @@ def check_one_reduction(case: Case) -> None:
     assert not [c for c in reductions if c.in_loop]
     gradients = sum(x.size for x in jax.tree.leaves(case.inputs[0].theta))
     summed = sum(math.prod(shape) for c in reductions for shape in c.shapes)
-    assert gradients <= summed < gradients + 200
+    # A tensor axis leaves each device a share of some.
+    assert gradients / case.mesh.shape[TENSOR] <= summed < gradients + 200
     for c in exchanges(case):
         if c.in_loop and set(c.axes) & set(SAMPLE_AXES):  # fetching weights
             assert c.kind == "all-gather" and c.axes == (FSDP,), c

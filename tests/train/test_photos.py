@@ -35,8 +35,8 @@ def photos(tmp_path):
     return folder
 
 
-# Sampling with the base whole on two pairs of devices, training with it split; the base moves between the two.
-PHASES = {"rollout.layout": "tensor:data=2,tensor=2", "train.layout": "fsdp_tensor:fsdp=2,tensor=2"}
+# The base is whole for sampling and split for the optimizer step, and moves between the two.
+PHASES = {"rollout.layout": "replicated:data=4", "train.layout": "fsdp:fsdp=4"}
 
 
 @pytest.mark.slow

@@ -104,8 +104,16 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
     cache in ``data``."""
     model = config.model
     folder = resolve_model(model.path)
-    kind = qwen_kind(qwen_template(folder), framing)
-    cache = TextCache(data, kind, text_identity(folder), fixed_length=model.text_tokens or None)
+    template = qwen_template(folder)
+    if template == "edit" and model.text_tokens:
+        raise UserError(
+            f"config.model.text_tokens={model.text_tokens}; expected 0 for {folder}: its picture alone takes over a "
+            "thousand states, and the instruction comes behind it"
+        )
+    cache = TextCache(
+        data, qwen_kind(template, framing), text_identity(folder),
+        fixed_length=model.text_tokens or None, min_bucket_records=config.rollout.groups,
+    )  # fmt: skip
     if cuts := cache.describe_cuts():
         print(f"{cuts} (config.model.text_tokens)")
     editor = qwen_edit.build_qwen_edit(

@@ -80,9 +80,7 @@ class KontextEditor(Editor):
         return np.concatenate([np.zeros((num_text, 3), np.int32), *image_ids])
 
 
-def build_kontext(
-    folder: Path, text: TextSide, options: BuildOptions = BuildOptions(), *, guidance: float = 2.5
-) -> KontextEditor:
+def build_kontext(folder: Path, text: TextSide, options: BuildOptions, *, guidance: float = 2.5) -> KontextEditor:
     """The editor of the model in ``folder``; parameters are held outside.
 
     Args:

@@ -88,9 +88,7 @@ class QwenEditor(Editor):
         return params | {"transformer": rest, MODULATION: tables}
 
 
-def build_qwen_edit(
-    folder: Path, text: TextSide, options: BuildOptions = BuildOptions(), *, text_mask: bool = True
-) -> QwenEditor:
+def build_qwen_edit(folder: Path, text: TextSide, options: BuildOptions, *, text_mask: bool = True) -> QwenEditor:
     """The editor of the model in ``folder``; parameters are held outside. Its modulation is not precomputed:
     ``with_modulation_at`` says for which sigmas it should be.
 

@@ -46,7 +46,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self._weight("kernel", self.kernel_init, self.axes, (x.shape[-1], self.features))
-        bias = self._weight("bias", nn.initializers.zeros, self.axes[1:], (self.features,))
+        # A bias is too small to be worth fetching: it is split only as its layer's result is.
+        bias_axes = tuple(None if name == "embed" else name for name in self.axes[1:])
+        bias = self._weight("bias", nn.initializers.zeros, bias_axes, (self.features,))
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         if self.has_variable(LORA, "lora_A"):

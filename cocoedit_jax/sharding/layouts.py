@@ -34,7 +34,7 @@ class Layout:
 
     def sizes(self, devices: int, given: Mapping[str, int] | None = None) -> dict[str, int]:
         """Sizes of all mesh axes for ``devices``, one of them maybe ``REST``; ``given`` ones (not 0) override."""
-        sizes = dict.fromkeys(AXES, 1)
+        sizes: dict[str, int] = {axis: 1 for axis in AXES}
         for axis, size in self.parts:
             sizes[axis] = size or _near_root(devices)
         explicit = {axis: size for axis, size in (given or {}).items() if size}

@@ -116,7 +116,7 @@ def step(name: str, layout: str, attention: str = "auto", sharded: bool = False)
     state = init_state(jax.random.key(1), params["transformer"], CFG, LORA, OPTIMIZER)
     # Away from the zero start of B, which would hide the gradients of A.
     theta = jax.tree.map(lambda x: x + jnp.float32(0.05), state.theta)
-    state = state.replace(theta=theta, old=jax.tree.map(lambda x: x * jnp.float32(0.9), theta))
+    state = dataclasses.replace(state, theta=theta, old=jax.tree.map(lambda x: x * jnp.float32(0.9), theta))
     scalars = StepScalars(
         num_micro=jnp.asarray(NUM_MICRO, jnp.int32),
         count=jnp.asarray(NUM_MICRO * MICRO, jnp.float32),

@@ -57,6 +57,11 @@ def gather(store: Store, settings: Settings) -> Outcome:
     Raises:
         UserError: a picture that cannot be copied.
     """
+    with store.alone():  # the last two of a job array may both come here
+        return _gather(store, settings)
+
+
+def _gather(store: Store, settings: Settings) -> Outcome:
     names = {"kept": METADATA, "rejected": REJECTED, "dead": DEAD, "scores": SCORES}
     drafts = {kind: store.root / f".{name}.{os.getpid()}.tmp" for kind, name in names.items()}
     counts: Counter[str] = Counter()

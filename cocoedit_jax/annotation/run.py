@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-
-from PIL import Image
+from typing import Any
 
 from cocoedit_jax.annotation import batch, engine
 from cocoedit_jax.annotation.gather import Outcome, gather, unfinished
 from cocoedit_jax.annotation.prompts import load_prompts
 from cocoedit_jax.annotation.record import Item
+from cocoedit_jax.annotation.report import write_report
+from cocoedit_jax.annotation.segmenters import make_segmenter
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.sources import plain, read_items
-from cocoedit_jax.annotation.stages import STAGES
+from cocoedit_jax.annotation.stages import STAGES, Rules
 from cocoedit_jax.annotation.store import Store, parse_range
+from cocoedit_jax.annotation.work import Worker
 from cocoedit_jax.data.records import METADATA, record_id
 from cocoedit_jax.errors import UserError
 
@@ -40,60 +42,67 @@ def annotate(
     """
     i, n = parse_range(part)
     prompts = load_prompts(settings.models.prompts)
-    # A picture that would take too much memory is a dead letter, not a warning.
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     if refilter:
-        store = Store.open(output)
-        return _gather_or_tell(store, settings, part)
+        return _gather_or_tell(Store.open(output), settings, part)
     items = None if source is None else find_items(source, prompt)
-    if items is None:
-        store = Store.open(output)
-        store.check_plan(engine.plan(settings, prompts))
-    offline = bool(emit_batch or accept_batch)
-    if offline:
+    plan = engine.plan(settings, prompts)
+    store = None
+    if items is None or Store.exists(output):
+        store = _lay_out(output, items, plan, settings)
+        numbers = store.numbers((i, n))
+        if retry_dead:
+            print(f"{engine.revive(store, numbers)} dead letters are taken up again")
+        elif not unfinished(store):
+            return _gather_or_tell(store, settings, part)
+    # A server or segmenter that cannot be used is found before a folder is begun.
+    if emit_batch or accept_batch:
         convention = batch.convention_for_batches(settings)
-    else:  # before a folder is begun: a server that cannot be used leaves nothing behind
-        convention = engine.probe(engine.make_model(settings), settings, prompts)
-    store = Store.open(output) if items is None else Store.create(
-        output, items, engine.plan(settings, prompts), settings.engine.shard_size
-    )  # fmt: skip
+        model, later = None, bool(accept_batch) or STAGES.index(emit_batch or "") > STAGES.index("mask")
+    else:
+        model, later = engine.make_model(settings), engine_name == "local"
+    segmenter = make_segmenter(settings.mask.segmenter, settings.mask.options) if later else None
+    if model is not None:
+        convention = engine.probe(model, settings, prompts)
+    if store is None:
+        store = _lay_out(output, items, plan, settings)
     numbers = store.numbers((i, n))
-    if retry_dead:
-        print(f"{engine.revive(store, numbers)} dead letters are taken up again")
+    worker = Worker(store, Rules(settings, prompts, convention), model, segmenter)
     if engine_name == "ray":
         from cocoedit_jax.annotation.ray_engine import run_ray
 
         run_ray(output, settings, convention, numbers)
-    elif emit_batch or accept_batch:
-        return _by_batch(store, settings, convention, numbers, emit_batch, accept_batch, part)
+    elif model is None:
+        return _by_batch(worker, numbers, emit_batch, accept_batch, part)
     else:
-        engine.run_stages(engine.make_worker(store, settings, convention, STAGES), numbers)
+        engine.run_stages(worker, numbers)
     return _gather_or_tell(store, settings, part)
+
+
+def _lay_out(output: Path, items: Sequence[Item] | None, plan: Mapping[str, Any], settings: Settings) -> Store:
+    """The folder with the work laid out, by `items` where it is new. Raises UserError if it holds other work."""
+    if items is not None:
+        return Store.create(output, items, plan, settings.engine.shard_size)
+    store = Store.open(output)
+    store.check_plan(plan)
+    return store
 
 
 def find_items(source: str, prompt: str | None) -> list[Item]:
     """The items at `source`; with `prompt`, every picture of a folder with this instruction. Raises UserError."""
     if prompt is None:
-        return read_items(source)
+        # Absolute: the same work from another folder, or on another machine with the same mounts.
+        return [replace(item, image=str(Path(item.image).absolute())) for item in read_items(source)]
     folder = Path(source)
     if not folder.is_dir() or not prompt.strip():
         raise UserError(f"--prompt={prompt!r} with --input={source!r}; expected a text, and a folder of pictures")
     names = [(path, path.relative_to(folder).as_posix()) for path in plain.pictures(folder)]
     if not names:
         raise UserError(f"--input={source!r}: no pictures in it ({', '.join(plain.PICTURES)})")
-    return [Item(record_id(name, prompt), str(path), prompt.strip()) for path, name in names]
+    return [Item(record_id(name, prompt), str(path.absolute()), prompt.strip()) for path, name in names]
 
 
-def _by_batch(
-    store: Store,
-    settings: Settings,
-    convention: str,
-    numbers: range,
-    emit: str | None,
-    accepted: Sequence[str],
-    part: str,
-) -> Outcome | None:
-    worker = engine.make_worker(store, settings, convention, ["mask"])
+def _by_batch(worker: Worker, numbers: range, emit: str | None, accepted: Sequence[str], part: str) -> Outcome | None:
+    store, settings = worker.store, worker.rules.settings
     if accepted:
         tally = batch.accept(store, worker.rules, [Path(name) for name in accepted], numbers)
         print(f"{tally.done} records taken on, {tally.unanswered} without a usable reply")
@@ -123,5 +132,6 @@ def _gather_or_tell(store: Store, settings: Settings, part: str) -> Outcome | No
         return None
     outcome = gather(store, settings)
     print(outcome.text())
+    print(f"report:   {write_report(store.root, settings.filter)}")
     print(f"data set: {store.root / METADATA}; check it with: python -m launch.prepare_data --check={store.root}")
     return outcome

@@ -14,7 +14,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Store:
             "plan": json.loads(json.dumps(plan)),
         }
         folder = root / SHARDS
-        if (folder / MANIFEST).exists():
+        if cls.exists(root):
             store = cls.open(root)
             store.check_plan(plan)
             if store.manifest["input"] != manifest["input"]:
@@ -119,6 +120,23 @@ class Store:
             write_whole(store.path(number), _lines(Annotation(item) for item in part), replace=False)
         write_whole(folder / MANIFEST, _json(manifest), replace=False)
         return cls.open(root)
+
+    @staticmethod
+    def exists(root: Path) -> bool:
+        """Whether work was laid out there."""
+        return (root / SHARDS / MANIFEST).is_file()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time, for gathering; where the file system knows no locks, nothing is kept out."""
+        with (self.root / SHARDS / ".lock").open("w") as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except (ImportError, OSError):
+                pass
+            yield
 
     @classmethod
     def open(cls, root: Path) -> Store:

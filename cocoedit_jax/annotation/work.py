@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
+
+from PIL import Image
 
 from cocoedit_jax.annotation import stages
 from cocoedit_jax.annotation.record import Annotation
@@ -56,6 +59,11 @@ class Worker:
     model: Model | None = None
     segmenter: Segmenter | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        # A picture that would take too much memory is a dead letter, not a warning. For the whole process: the filters
+        # of warnings are not per thread.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
 
     def run(self, number: int, stage: str) -> Tally:
         """Takes every annotation of shard `number` that waits for `stage` through it, and writes the shard.

@@ -42,6 +42,8 @@ def test_everything_goes_somewhere(done, photos):
         assert (folder / row["image"]).read_bytes() == Path(row["original_image"]).read_bytes()
         assert row["licence"] == "CC0" and row["annotated_by"] == "fake" and min(row["scores"].values()) >= 0.5
     assert len(read_records(folder, Framing(64)).records) == outcome.kept
+    report = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"12 in = {outcome.kept} kept + {outcome.rejected} rejected + 1 dead." in report
     manifest = json.loads((folder / "shards/manifest.json").read_text())
     assert (manifest["kept"], manifest["records"], len(manifest["shards"])) == (outcome.kept, 12, 6)
 
@@ -188,10 +190,13 @@ def test_a_server_that_cannot_be_used_is_found_first(settings, photos, tmp_path,
     with pytest.raises(UserError, match="fits 'pixels'"):
         monkeypatch.undo()
         run.annotate(wrong, tmp_path / "out", source=str(photos))
+    unmade = replace(settings, mask=replace(settings.mask, segmenter="sam2", options={}))
+    with pytest.raises(UserError, match="checkpoint '' is no file"):
+        run.annotate(unmade, tmp_path / "out", source=str(photos))
     assert not (tmp_path / "out").exists()
 
 
-def test_other_work_in_a_folder_is_refused(done, settings, photos, tmp_path):
+def test_other_work_in_a_folder_is_refused(done, settings, photos, tmp_path, monkeypatch):
     folder, outcome = done
     other = replace(settings, mask=replace(settings.mask, fill_holes=False))
     with pytest.raises(UserError, match="mask.fill_holes: True, now False"):
@@ -204,7 +209,8 @@ def test_other_work_in_a_folder_is_refused(done, settings, photos, tmp_path):
     (tmp_path / "foreign/thesis.tex").touch()
     with pytest.raises(UserError, match="holds thesis.tex, but no annotation"):
         run.annotate(settings, tmp_path / "foreign", source=str(photos))
-    # What is finished is gathered again, and nothing else happens.
+    # What is finished is gathered again; no model is asked.
+    monkeypatch.setattr(engine, "make_model", None)
     before = contents(folder)
     assert run.annotate(settings, folder, source=str(photos)) == outcome and contents(folder) == before
     shard = folder / "shards/000001.jsonl"

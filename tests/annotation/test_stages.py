@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +14,11 @@ from PIL import Image
 from cocoedit_jax.annotation import stages
 from cocoedit_jax.annotation.filter import choose
 from cocoedit_jax.annotation.prompts import load_prompts
+from cocoedit_jax.annotation.reasons import DEAD, REJECTED
 from cocoedit_jax.annotation.record import Annotation, Item, read_annotations, to_line
 from cocoedit_jax.annotation.settings import check
 from cocoedit_jax.annotation.stages import Shown, ask, take
+from cocoedit_jax.annotation.work import Worker
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.rewards.chat import ChatReply, TokenLogprob
 from tests.annotation.conftest import blob
@@ -243,3 +248,22 @@ def test_prompts_can_be_replaced(tmp_path):
         (tmp_path / f"{name}.txt").unlink()
     with pytest.raises(UserError, match="no folder"):
         load_prompts(str(tmp_path / "none"))
+
+
+def test_a_picture_too_large_to_decode(rules, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("1", (12000, 10000)).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        Worker(None, rules)
+        after = stages.load(Annotation(Item("a", str(path), "make it red")))
+    assert (after.status, after.reason) == ("dead", "unreadable_image") and "decompression bomb" in after.detail
+
+
+def test_every_reason_is_explained():
+    code = "".join(path.read_text() for path in Path(stages.__file__).parent.glob("*.py"))
+    for call, known in (("dead", DEAD), ("rejected", REJECTED)):
+        used = set(re.findall(rf'\.{call}\(\s*"(\w+)"', code))
+        assert used and used <= set(known)
+    found = set(re.findall(r'within\("(\w+)"', code)) | {"clarity", "mask_accuracy", "prominence"}
+    assert len(found) == 8 and found <= set(REJECTED)

@@ -58,6 +58,7 @@ setup(
         "judge": JUDGE,
         "test": [
             "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
             SKIMAGE,

@@ -3,7 +3,7 @@
     python -m launch.convert_weights --from=black-forest-labs/FLUX.1-Kontext-dev --to=DIR --to_format=orbax
     python -m launch.convert_weights --from=DIR --to=DIR2 --to_format=diffusers --max_shard_size=5GB
 
-Runs on the CPU and needs memory for the transformer once (24 GB for FLUX.1 in bfloat16).
+Runs on the CPU and needs memory for the transformer once (in bfloat16 24 GB for FLUX.1, 41 GB for Qwen-Image).
 """
 
 from pathlib import Path

@@ -74,7 +74,10 @@ def _requests() -> list[EditRequest]:
 
 
 def _encode(folder: Path, kind: str, requests: Sequence[EditRequest]) -> "PrecomputedText":
-    """Embeddings of all instructions."""
+    """Embeddings of all instructions. Raises UserError for flags that say nothing to this kind of model."""
+    given = [flag for flag in ((_NEGATIVE,) if kind == "flux" else (_GUIDANCE, _TEXT_TOKENS)) if flag.present]
+    if given:
+        raise UserError(f"--{given[0].name}: not used by this model; see --help")
     if kind == "flux":
         from torch_bridge.flux_text import encode_prompts
 

@@ -162,6 +162,7 @@ class TextCache:
         kind: which of its caches.
         expected_identity: of the model's text encoders (`text_identity`); None accepts any.
         length_multiple, fixed_length: see `pad_states`; for kinds whose entries differ in length.
+        min_bucket_records: see `TextKind.command`, which messages name.
 
     Raises:
         UserError: there is no cache, it was made by other encoders or is of another kind, or parts are damaged.
@@ -175,10 +176,11 @@ class TextCache:
         *,
         length_multiple: int = LENGTH_MULTIPLE,
         fixed_length: int | None = None,
+        min_bucket_records: int = 1,
     ):
         self.folder = kind.folder(data_dir)
         self.kind = kind
-        self.command = kind.command(data_dir)
+        self.command = kind.command(data_dir, min_bucket_records)
         self._length_multiple, self._fixed_length = length_multiple, fixed_length
         header = Header.read(self.folder)
         if header is None or not header.parts:

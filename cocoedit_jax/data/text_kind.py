@@ -49,8 +49,12 @@ class TextKind:
         """Where the cache of a data folder lies."""
         return Path(data_dir) / TEXT_CACHE / self.name
 
-    def command(self, data_dir: Path | str) -> str:
-        """The command that makes, completes or repairs the cache of a data folder."""
+    def command(self, data_dir: Path | str, min_bucket_records: int = 1) -> str:
+        """The command that makes, completes or repairs the cache of a data folder.
+
+        Args:
+            min_bucket_records: what buckets of training hold at least (`read_records`): others frame some pictures.
+        """
         flags = {
             "encode": self.encoder,
             "model": "MODEL_DIR",
@@ -58,6 +62,7 @@ class TextKind:
             "max_length": self.max_length,
             "resolution": self.resolution,
             "crop": self.crop,
+            "groups": min_bucket_records if self.crop == "buckets" and min_bucket_records > 1 else None,
         }
         given = " ".join(f"--{name}={value}" for name, value in flags.items() if value is not None)
         return f"python -m launch.prepare_data {given}"

@@ -15,6 +15,7 @@ from cocoedit_jax.inference.edit import EditOptions
 from cocoedit_jax.models import flux, kontext, lora, lora_files, modulation, orbax_weights, qwen, qwen_edit
 from cocoedit_jax.models.editor import Editor, Size
 from cocoedit_jax.models.hub import resolve_model
+from cocoedit_jax.models.pipeline import BuildOptions
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh, replicated
 from cocoedit_jax.sharding.rules import sharded_shapes
@@ -66,7 +67,8 @@ def load_for_editing(
     kind = model_kind(folder)
     build: Any = kontext.build_kontext if kind == "flux" else qwen_edit.build_qwen_edit
     embedded = {"guidance": guidance} if kind == "flux" else {}
-    editor: Editor = build(folder, PrecomputedText.of({}), dtype=jnp.dtype(dtype), vae_tile=vae_tile, **embedded)
+    built = BuildOptions(dtype=jnp.dtype(dtype), vae_tile=vae_tile)
+    editor: Editor = build(folder, PrecomputedText.of({}), built, **embedded)
     sizes = _check(folder, editor, kind, options, pictures)
     file = None if lora_path is None else lora_files.read_lora(Path(lora_path), alpha=lora_alpha, model=kind)
     if isinstance(editor, qwen_edit.QwenEditor):

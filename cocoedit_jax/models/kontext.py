@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cocoedit_jax.flow.packing import position_ids
@@ -17,7 +16,7 @@ from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid, Params, Size
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
-from cocoedit_jax.models.pipeline import check_channels, read_part, read_schedule
+from cocoedit_jax.models.pipeline import BuildOptions, check_channels, read_part, read_schedule
 from cocoedit_jax.models.text import TextSide
 
 Array = jax.Array
@@ -81,25 +80,12 @@ class KontextEditor(Editor):
         return np.concatenate([np.zeros((num_text, 3), np.int32), *image_ids])
 
 
-def build_kontext(
-    folder: Path,
-    text: TextSide,
-    *,
-    dtype: Any = jnp.bfloat16,
-    vae_dtype: Any = jnp.float32,
-    vae_tile: int | None = None,
-    remat: str = "none",
-    attention_backend: str = "auto",
-    guidance: float = 2.5,
-) -> KontextEditor:
+def build_kontext(folder: Path, text: TextSide, options: BuildOptions, *, guidance: float = 2.5) -> KontextEditor:
     """The editor of the model in ``folder``; parameters are held outside.
 
     Args:
         folder: diffusers' layout: ``transformer/config.json``, ``vae/config.json``, ``scheduler/``.
         text: where embeddings come from.
-        dtype: of the transformer's weights and activations.
-        vae_dtype: of the autoencoder's.
-        vae_tile: side in pixels of the tiles in which larger pictures are decoded; None decodes exactly.
         guidance: embedded guidance scale.
 
     Raises:
@@ -108,9 +94,9 @@ def build_kontext(
     shape = read_part(folder, "transformer", FluxConfig.from_diffusers)
     vae = AutoencoderKLConfig.from_dict(orbax_weights.read_config(folder / "vae"), str(folder / "vae"))
     editor = KontextEditor(
-        transformer=FluxTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
+        transformer=FluxTransformer(shape, **options.transformer),
         # Its one head of 512 features is beyond what most attention kernels take: it chooses for itself.
-        autoencoder=AutoencoderKL(vae, vae_dtype, tile_size=vae_tile),
+        autoencoder=AutoencoderKL(vae, options.vae_dtype, tile_size=options.vae_tile),
         text=text,
         guidance=guidance,
         schedule=read_schedule(folder),

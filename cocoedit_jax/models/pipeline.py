@@ -1,9 +1,12 @@
 """What the models share of a folder in diffusers' layout: the schedule, the frozen parameters, building an editor."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import orbax_weights
@@ -42,6 +45,30 @@ def read_schedule(folder: Path) -> tuple[tuple[str, Any], ...]:
     if problems:
         raise UserError(f"{path}: " + "; ".join(dict.fromkeys(problems)))
     return tuple((ours, config[theirs]) for theirs, ours in _SCHEDULE.items() if config.get(theirs) is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """How the editor of a published model is built, whichever model it is.
+
+    Attributes:
+        dtype: of the transformer's weights and activations.
+        vae_dtype: of the autoencoder's.
+        vae_tile: side in pixels of the tiles in which larger pictures are decoded; None decodes exactly.
+        remat: name in ``blocks.REMAT_POLICIES``.
+        attention_backend: of the transformer.
+    """
+
+    dtype: Any = jnp.bfloat16
+    vae_dtype: Any = jnp.float32
+    vae_tile: int | None = None
+    remat: str = "none"
+    attention_backend: str = "auto"
+
+    @property
+    def transformer(self) -> dict[str, Any]:
+        """Arguments of the transformer's class."""
+        return {"dtype": self.dtype, "remat": self.remat, "attention_backend": self.attention_backend}
 
 
 def read_part(folder: Path, part: str, parse: Callable[[dict[str, Any]], Any]) -> Any:

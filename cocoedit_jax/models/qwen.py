@@ -22,7 +22,7 @@ Array = jax.Array
 
 CLASS_NAME = "QwenImageTransformer2DModel"  # diffusers' name of it
 IMAGE, TEXT = StreamNames("img_mod.1", "img_mlp"), StreamNames("txt_mod.1", "txt_mlp")
-# Sigmas in a table are at least this far apart, and those asked for this close.
+# How close a sigma must be to one of a table's.
 SIGMA_TOLERANCE = 1e-6
 
 

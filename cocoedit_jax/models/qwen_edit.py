@@ -17,7 +17,7 @@ from cocoedit_jax.models.autoencoder_qwen import AutoencoderQwen
 from cocoedit_jax.models.autoencoder_qwen_config import AutoencoderQwenConfig
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid, Params, Size
 from cocoedit_jax.models.layers import MODULATION
-from cocoedit_jax.models.pipeline import check_channels, read_part, read_schedule
+from cocoedit_jax.models.pipeline import BuildOptions, check_channels, read_part, read_schedule
 from cocoedit_jax.models.qwen import SIGMA_TOLERANCE, QwenConfig, QwenTransformer, position_ids
 from cocoedit_jax.models.text import TextSide
 
@@ -88,26 +88,13 @@ class QwenEditor(Editor):
         return params | {"transformer": rest, MODULATION: tables}
 
 
-def build_qwen_edit(
-    folder: Path,
-    text: TextSide,
-    *,
-    dtype: Any = jnp.bfloat16,
-    vae_dtype: Any = jnp.float32,
-    vae_tile: int | None = None,
-    remat: str = "none",
-    attention_backend: str = "auto",
-    text_mask: bool = True,
-) -> QwenEditor:
+def build_qwen_edit(folder: Path, text: TextSide, options: BuildOptions, *, text_mask: bool = True) -> QwenEditor:
     """The editor of the model in ``folder``; parameters are held outside. Its modulation is not precomputed:
     ``with_modulation_at`` says for which sigmas it should be.
 
     Args:
         folder: diffusers' layout: ``transformer/config.json``, ``vae/config.json``, ``scheduler/``.
         text: where embeddings come from.
-        dtype: of the transformer's weights and activations.
-        vae_dtype: of the autoencoder's.
-        vae_tile: side in pixels of the tiles in which larger pictures are decoded; None decodes exactly.
         text_mask: False attends to padded text states.
 
     Raises:
@@ -116,8 +103,8 @@ def build_qwen_edit(
     shape = read_part(folder, "transformer", QwenConfig.from_diffusers)
     vae = AutoencoderQwenConfig.from_dict(orbax_weights.read_config(folder / "vae"), str(folder / "vae"))
     editor = QwenEditor(
-        transformer=QwenTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
-        autoencoder=AutoencoderQwen(vae, vae_dtype, tile_size=vae_tile),
+        transformer=QwenTransformer(shape, **options.transformer),
+        autoencoder=AutoencoderQwen(vae, options.vae_dtype, tile_size=options.vae_tile),
         text=text,
         text_mask=text_mask,
         schedule=read_schedule(folder),

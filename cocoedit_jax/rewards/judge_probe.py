@@ -35,8 +35,8 @@ _HINTS = (
 
 
 @functools.cache
-def canary_pairs() -> tuple[tuple[str, np.ndarray, np.ndarray, str], ...]:
-    """Edits whose order is known, as ``(kind, before, after, instruction)``; images float32 ``[s, s, 3]`` in [0, 1].
+def canary_pairs() -> tuple[tuple[str, tuple[np.ndarray, np.ndarray, str]], ...]:
+    """Edits whose order is known, as ``(kind, (before, after, instruction))``; images float32 ``[s, s, 3]`` in [0, 1].
 
     ``good`` follows the instruction, ``bad`` changes nothing, ``swapped`` is the good one backwards.
     """
@@ -48,8 +48,8 @@ def canary_pairs() -> tuple[tuple[str, np.ndarray, np.ndarray, str], ...]:
         instruction = f"Make the {shape} {new}."
         spec = SceneSpec((0.6, 0.6, 0.6), cell, (item,), "recolor", 0, result, instruction)
         before, after, _ = render(spec, CANARY_SIZE)
-        pairs += [("good", before, after, instruction), ("bad", before, before, instruction)]
-        pairs.append(("swapped", after, before, instruction))
+        pairs += [("good", (before, after, instruction)), ("bad", (before, before, instruction))]
+        pairs.append(("swapped", (after, before, instruction)))
     return tuple(pairs)
 
 

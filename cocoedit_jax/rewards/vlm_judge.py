@@ -129,7 +129,7 @@ class VlmJudge:
         """
         self._cache.open()
         self._client.model = choose_model(self._client, self._model, self._start_deadline)
-        messages = self._canary_messages(*canary_pairs()[0][1:])[0]
+        messages = self._canary_messages(*canary_pairs()[0][1])[0]
         probe_logprobs(self._client, messages, self._start_deadline)
         digits = self._digits or QWEN_DIGITS
         if supports_token_ids(self._client, messages, digits, self._start_deadline):
@@ -311,7 +311,7 @@ class VlmJudge:
         urls = self._client.endpoints
         if len(urls) > 1:  # one server that is down does not hold up the others
             deadline_s = min(deadline_s, 2 * self._timeout)
-        asked = [(url, kind, self._canary_messages(*pair)) for url in urls for kind, *pair in canary_pairs()]
+        asked = [(url, kind, self._canary_messages(*pair)) for url in urls for kind, pair in canary_pairs()]
         requests = [self._request(each, endpoint=url) for url, _, messages in asked for each in messages]
         outcomes = iter([self._judgement(reply) for reply in self._client.complete_all(requests, deadline_s)])
         scores: dict[str, dict[str, list[float]]] = {url: {"good": [], "bad": [], "swapped": []} for url in urls}

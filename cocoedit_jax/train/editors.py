@@ -19,6 +19,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import kontext, qwen_edit
 from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
+from cocoedit_jax.models.pipeline import BuildOptions
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
@@ -43,6 +44,17 @@ def register_editor(name: str) -> Callable[[Loader], Loader]:
         return loader
 
     return add
+
+
+def build_options(model: ConfigDict) -> BuildOptions:
+    """What ``config.model`` says of the editor of a published model."""
+    return BuildOptions(
+        dtype=jnp.dtype(model.dtype),
+        vae_dtype=jnp.dtype(model.vae_dtype),
+        vae_tile=model.vae_tile or None,
+        remat=model.remat,
+        attention_backend=model.attention,
+    )
 
 
 def cached_text(cache: TextCache) -> PrecomputedText:
@@ -84,16 +96,7 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -
     model = config.model
     folder = resolve_model(model.path)
     cache = TextCache(data, flux_kind(model.text_tokens), text_identity(folder))
-    editor = kontext.build_kontext(
-        folder,
-        cached_text(cache),
-        dtype=jnp.dtype(model.dtype),
-        vae_dtype=jnp.dtype(model.vae_dtype),
-        vae_tile=model.vae_tile or None,
-        remat=model.remat,
-        attention_backend=model.attention,
-        guidance=model.guidance,
-    )
+    editor = kontext.build_kontext(folder, cached_text(cache), build_options(model), guidance=model.guidance)
     check_widths(cache, editor.transformer.config, folder)
     return editor, lambda: kontext.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))
 
@@ -104,20 +107,24 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
     cache in ``data``."""
     model = config.model
     folder = resolve_model(model.path)
-    kind = qwen_kind(qwen_template(folder), framing)
-    cache = TextCache(data, kind, text_identity(folder), fixed_length=model.text_tokens or None)
+    template = qwen_template(folder)
+    if template == "edit" and model.text_tokens:
+        raise UserError(
+            f"config.model.text_tokens={model.text_tokens}; expected 0 for {folder}: its picture alone takes over a "
+            "thousand states, and the instruction comes behind it"
+        )
+    cache = TextCache(
+        data, qwen_kind(template, framing), text_identity(folder),
+        fixed_length=model.text_tokens or None, min_bucket_records=config.rollout.groups,
+    )  # fmt: skip
+    if not (model.text_mask or model.text_tokens):
+        raise UserError(
+            "config.model.text_mask=False attends to padding, whose length must not depend on the batch; expected a "
+            "length in config.model.text_tokens, 256 as in the released training"
+        )
     if cuts := cache.describe_cuts():
         print(f"{cuts} (config.model.text_tokens)")
-    editor = qwen_edit.build_qwen_edit(
-        folder,
-        cached_text(cache),
-        dtype=jnp.dtype(model.dtype),
-        vae_dtype=jnp.dtype(model.vae_dtype),
-        vae_tile=model.vae_tile or None,
-        remat=model.remat,
-        attention_backend=model.attention,
-        text_mask=model.text_mask,
-    )
+    editor = qwen_edit.build_qwen_edit(folder, cached_text(cache), build_options(model), text_mask=model.text_mask)
     check_widths(cache, editor.transformer.config, folder)
     check_sizes(editor, framing)
     if model.precompute_modulation:

@@ -67,7 +67,13 @@ def test_entries_of_pictures(data, identity):
     assert write_pictured(data, identity) == 0
     # The same pictures of another framing are another cache.
     with pytest.raises(UserError, match="no text cache; make it with: .*--resolution=64 --crop=center"):
-        TextCache(data, qwen_kind("edit_plus", Framing(64)))
+        TextCache(data, qwen_kind("edit_plus", Framing(64)), min_bucket_records=3)
+
+
+@pytest.mark.parametrize("crop, end", [("center", "center"), ("buckets", "buckets --groups=24")])
+def test_the_command_frames_pictures_as_training_does(data, crop, end):
+    with pytest.raises(UserError, match=rf"no text cache; make it with: .* --resolution=64 --crop={end}$"):
+        TextCache(data, qwen_kind("edit_plus", Framing(64, crop)), min_bucket_records=24)
 
 
 def test_a_changed_picture_is_found_and_encoded_again(data, identity):

@@ -85,7 +85,7 @@ def test_casts(tmp_path, kept, wanted):
 
 def test_stored_dtype_is_kept_per_array(tmp_path):
     params = random_params(BF16)
-    params["norm_out"] = random_params(np.float32)["norm_out"]
+    params["norm_out.linear"] = random_params(np.float32)["norm_out.linear"]
     save_sharded(tmp_path, params)
     assert_same_bits(load_sharded(tmp_path, target({"fsdp": 2}), dtype="stored"), params)
 

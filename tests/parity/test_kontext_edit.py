@@ -11,6 +11,7 @@ from PIL import Image
 from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
 from cocoedit_jax.inference.requests import EditRequest, check_pictures
 from cocoedit_jax.models.kontext import PREFERRED_SIZES, build_kontext, fitted_size, load_params, preferred_size
+from cocoedit_jax.models.pipeline import BuildOptions
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.sharding.rules import sharded_shapes
@@ -42,7 +43,7 @@ def load(folder, pipeline, text_tokens=64, **options):
     with torch.no_grad():
         states, pooled, _ = pipeline.encode_prompt(PROMPTS, None, max_sequence_length=text_tokens)
     table = {p: {"text": states[i].numpy(), "pooled": pooled[i].numpy()} for i, p in enumerate(PROMPTS)}
-    editor = build_kontext(folder, PrecomputedText.of(table), dtype=jnp.float32, **options)
+    editor = build_kontext(folder, PrecomputedText.of(table), BuildOptions(dtype=jnp.float32), **options)
     mesh = make_mesh({"fsdp": 2, "tensor": 2})
     return editor, load_params(folder, editor, lambda tree: sharded_shapes(tree, mesh))
 

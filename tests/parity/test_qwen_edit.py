@@ -11,6 +11,7 @@ from PIL import Image
 
 from cocoedit_jax.inference.edit import EditOptions, PictureEditor
 from cocoedit_jax.models.layers import MODULATION
+from cocoedit_jax.models.pipeline import BuildOptions
 from cocoedit_jax.models.qwen_edit import build_qwen_edit, fitted_size, load_params, with_modulation_at
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh
@@ -96,7 +97,7 @@ def test_edits_equal_diffusers(case, monkeypatch):
         padded = np.full((length, states.shape[1]), 5, np.float32)
         padded[: len(states)] = states
         table[prompt] = {"text": padded, "mask": np.arange(length) < len(states)}
-    editor = build_qwen_edit(folder, PrecomputedText.of(table), dtype=jnp.float32)
+    editor = build_qwen_edit(folder, PrecomputedText.of(table), BuildOptions(dtype=jnp.float32))
     options = EditOptions(3, "euler", target, true_cfg=guidance, negative=NEGATIVE)
     assert editor.source_size((1050, 1050)) == (1024, 1024)
     sources = tuple(fitted_size(height, width, AREA) for height, width in sizes)
@@ -117,7 +118,7 @@ def test_edits_equal_diffusers(case, monkeypatch):
 
 def test_other_sigmas_than_the_tables_are_refused(torch_side, tmp_path):
     folder = save_tiny_qwen(tmp_path, SEED)
-    editor = build_qwen_edit(folder, PrecomputedText.of({}), dtype=jnp.float32)
+    editor = build_qwen_edit(folder, PrecomputedText.of({}), BuildOptions(dtype=jnp.float32))
     grid = editor.grid(64, 64)
     editor.check_sigmas(editor.sigmas(7, grid))  # any will do
     tabled = with_modulation_at(editor, [editor.sigmas(4, grid), editor.sigmas(6, editor.grid(32, 64))])
@@ -135,7 +136,7 @@ def test_tables_are_loaded_from_either_form(torch_side, tmp_path):
 
     folder = save_tiny_qwen(tmp_path / "model", SEED, zero_cond_t=True)
     convert(folder, tmp_path / "orbax", "orbax")
-    editor = build_qwen_edit(folder, PrecomputedText.of({}), dtype=jnp.float32)
+    editor = build_qwen_edit(folder, PrecomputedText.of({}), BuildOptions(dtype=jnp.float32))
     place = partial(sharded_shapes, mesh=make_mesh({"fsdp": 4, "tensor": 2}))
     whole = load_params(folder, editor, place)
     editor = with_modulation_at(editor, [editor.sigmas(4, editor.grid(64, 64))])

@@ -40,7 +40,7 @@ def parts_of(body: dict[str, Any]) -> tuple[str, str, str]:
 def _canaries() -> dict[tuple[str, str], float]:
     url = lambda image: image_part(image)["image_url"]["url"]  # noqa: E731
     value = {"good": 0.9, "bad": 0.1, "swapped": 0.2}
-    return {(url(before), url(after)): value[kind] for kind, before, after, _ in canary_pairs()}
+    return {(url(before), url(after)): value[kind] for kind, (before, after, _) in canary_pairs()}
 
 
 CANARIES = _canaries()

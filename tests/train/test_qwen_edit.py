@@ -119,3 +119,25 @@ def test_what_does_not_fit_is_refused(model, data):
         build(config(model, data, **{"data.resolution": 48}))
     with pytest.raises(UserError, match="text_tokens=-1"):
         build(config(model, data, **{"model.text_tokens": -1}))
+    with pytest.raises(UserError, match=r"no text cache.*--crop=buckets --groups=2"):
+        build(config(model, data, **{"data.crop": "buckets"}))
+
+
+def test_a_length_that_leaves_no_instruction_is_refused(data, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}')
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(UserError, match="text_tokens=256; expected 0 for .*behind it"):
+        build(config(tmp_path, data, **{"model.text_tokens": 256}))
+
+
+def test_released_hyperparameters():
+    official = qwen_image_edit.get_config("cocoedit-official")
+    assert (official.algorithm.lambda_ner, official.algorithm.lambda_er) == (0.8, 0.5)
+    assert official.algorithm.reward_weights.to_dict() == {"judge": 0.8, "pixel": 0.2}
+    assert (official.lora.rank, official.lora.alpha, official.train.learning_rate) == (32, 64, 3e-4)
+    assert (official.rollout.steps, official.rollout.solver, official.rollout.group_size) == (10, "dpm2", 12)
+    assert qwen_image_edit.get_config("edit-r1").algorithm.reward_weights.to_dict() == {"judge": 1.0}
+    newer = qwen_image_edit_2511.get_config("cocoedit-official")
+    assert newer.model.path != official.model.path
+    newer.model.path = official.model.path
+    assert newer == official

@@ -1,8 +1,8 @@
 """How activations and weights are split over the ambient device mesh: the one in force while a network is being traced.
 
 A network knows no mesh, so that one editor serves rollout and training under different layouts. Inside of
-``jax.shard_map`` (sampler and optimizer step) the mesh is in force by itself. Elsewhere whoever jits says so: in the
-jitted function ``with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):``, or around the call
+``jax.shard_map`` (sampler and optimizer step) the mesh is in force by itself. Elsewhere whoever jits says so: within
+the jitted function ``with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):``, or around the call
 ``with jax.set_mesh(mesh):``. Without one, or on one device, everything here does nothing.
 """
 

@@ -34,8 +34,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.model.guidance = 2.5  # embedded guidance scale
     config.model.vae_dtype = "float32"  # of the autoencoder
     config.model.vae_tile = 0  # pixels: decode larger pictures in tiles of this size; 0: exactly
-    config.model.remat = "full"  # none, dots, full: what the backward pass recomputes
-    config.model.attention = "auto"  # auto, xla, blocked, cudnn
+    config.model.remat = "full"  # what the backward pass recomputes, rising: none, dots, attention, full, offload
+    config.model.attention = "auto"  # auto, xla, blocked, cudnn (GPU), splash (TPU), ulysses, ring (mesh.context)
 
     config.data = ConfigDict()
     config.data.path = "data/cocoedit-40k"  # metadata.jsonl, images/, masks/; masks are white where to keep
@@ -51,6 +51,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.rollout.batch_size = 24  # edits sampled at once, over all devices
     config.rollout.steps = 10  # sampler steps
     config.rollout.solver = "dpm2"  # dpm2, euler, ddim, dpm1
+    config.rollout.layout = ""  # of sampling alone, such as "fsdp_tensor:tensor=4"; empty: config.mesh
 
     config.train = ConfigDict()
     config.train.steps = 1000  # optimizer steps
@@ -58,6 +59,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.train.learning_rate = 3e-4
     config.train.weight_decay = 1e-4
     config.train.max_grad_norm = 1.0
+    config.train.layout = ""  # of the optimizer step alone; empty: config.mesh
+    config.train.adapters = "replicated"  # adapters and optimizer state; sharded: over the fsdp axis
 
     config.lora = ConfigDict()
     config.lora.rank = 32
@@ -86,9 +89,12 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.judge.vlm.min_mass = 0.5  # an answer with less probability on the digits 0 to 5 is no score
     config.judge.vlm.digit_token_ids = ()  # ids of the tokens 0 to 5 for servers with logprob_token_ids; empty: Qwen's
 
-    config.mesh = ConfigDict()  # devices per mesh axis; -1: all that are left
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
+    config.mesh = ConfigDict()  # how work is split over devices
+    config.mesh.layout = "replicated"  # replicated, fsdp, data_fsdp, tensor, fsdp_tensor, fsdp_context
+    config.mesh.data = 0  # devices on an axis; -1: all that are left; 0: as the layout says
+    config.mesh.fsdp = 0
+    config.mesh.context = 0
+    config.mesh.tensor = 0
 
     config.evaluation = ConfigDict()
     config.evaluation.scenes = 64  # held-out records, before and after

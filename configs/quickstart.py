@@ -36,8 +36,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.model = ConfigDict()
     config.model.kind = "quickstart"
     config.model.path = ""  # folder of a base; empty: the one that ships with the package
-    config.model.remat = "none"  # none, dots, full: what the backward pass recomputes
-    config.model.attention = "auto"  # auto, xla, blocked, cudnn
+    config.model.remat = "none"  # what the backward pass recomputes, rising: none, dots, attention, full, offload
+    config.model.attention = "auto"  # auto, xla, blocked, cudnn (GPU), splash (TPU), ulysses, ring (mesh.context)
 
     config.data = ConfigDict()
     config.data.path = ""  # metadata.jsonl, images/, masks/ (white where to keep); empty: scenes, drawn into data/
@@ -53,6 +53,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.rollout.batch_size = 24  # edits sampled at once
     config.rollout.steps = 6  # sampler steps
     config.rollout.solver = "dpm2"  # dpm2, euler, ddim, dpm1
+    config.rollout.layout = ""  # of sampling alone, such as "fsdp_tensor:tensor=4"; empty: config.mesh
 
     config.train = ConfigDict()
     config.train.steps = 80  # optimizer steps
@@ -60,6 +61,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.train.learning_rate = 2.5e-3
     config.train.weight_decay = 1e-4
     config.train.max_grad_norm = 1.0
+    config.train.layout = ""  # of the optimizer step alone; empty: config.mesh
+    config.train.adapters = "replicated"  # adapters and optimizer state; sharded: over the fsdp axis
 
     config.lora = ConfigDict()
     config.lora.rank = 16
@@ -78,9 +81,12 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.judge = ConfigDict()
     config.judge.name = "scenes"
 
-    config.mesh = ConfigDict()  # devices per mesh axis; -1: all that are left
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
+    config.mesh = ConfigDict()  # how work is split over devices
+    config.mesh.layout = "replicated"  # replicated, fsdp, data_fsdp, tensor, fsdp_tensor, fsdp_context
+    config.mesh.data = 0  # devices on an axis; -1: all that are left; 0: as the layout says
+    config.mesh.fsdp = 0
+    config.mesh.context = 0
+    config.mesh.tensor = 0
 
     config.evaluation = ConfigDict()
     config.evaluation.scenes = 256  # held-out records, before and after

@@ -1,11 +1,36 @@
-"""What every command does with bad input: one line that says what is wrong, instead of a traceback."""
+"""What every command does: bad input ends in one line that says what is wrong, and compiled programs are kept."""
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 
 from cocoedit_jax.errors import UserError
+
+_CACHE = flags.DEFINE_string(
+    "xla_cache", "~/.cache/cocoedit_jax/xla",
+    "Folder of compiled programs, so that a second start compiles nothing; 'off': none. The environment variable "
+    "JAX_COMPILATION_CACHE_DIR comes before the default. Whatever is in there may be deleted.",
+)  # fmt: skip
+
+
+def keep_compiled_programs() -> None:
+    """Tells JAX to keep every program that it compiles, unless ``--xla_cache=off``."""
+    if _CACHE.value == "off":
+        return
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    settings = {
+        "jax_compilation_cache_dir": folder if folder and not _CACHE.present else _CACHE.value,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    settings["jax_compilation_cache_dir"] = str(Path(settings["jax_compilation_cache_dir"]).expanduser().absolute())
+    if "jax" in sys.modules:  # and has read its environment
+        for name, value in settings.items():
+            sys.modules["jax"].config.update(name, value)
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -31,6 +56,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         if len(argv) > 1:
             sys.exit(f"error: unexpected arguments {argv[1:]}; options are written --name=value")
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+        keep_compiled_programs()
         try:
             main(argv)
         except OSError as error:

@@ -7,6 +7,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()
 
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing of a test outlives it
+
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

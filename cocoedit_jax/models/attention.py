@@ -1,137 +1,159 @@
-"""The one attention function of the project, with interchangeable backends."""
+"""The one attention function of the project, with interchangeable backends.
+
+One device: ``xla`` (anywhere, writes all scores), ``blocked`` (anywhere, ``attention_blocked.py``), ``cudnn`` (NVIDIA
+GPUs, 16-bit), ``splash`` (TPUs). With ``sharded=True`` a batch is split over the ambient mesh (``parallel.py``), and
+every device attends to its own samples and heads; a context axis splits the tokens too, and ``ulysses`` or ``ring``
+(``attention_context.py``) fetch what is missing.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from cocoedit_jax.models import attention_blocked, attention_context, attention_splash, parallel
+from cocoedit_jax.models.attention_blocked import ATTENTION_NAME
+from cocoedit_jax.models.parallel import BATCH, CONTEXT, HEADS
 
 Array = jax.Array
 Backend = Callable[[Array, Array, Array, Array | None], Array]
 
-# Most queries in a block of the "blocked" backend. 512 x 2560 float32 scores of one head are 5 MB, a core's cache.
-QUERY_BLOCK = 512
+CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def _scores(q: Array, k: Array, key_mask: Array | None) -> Array:
-    """Scaled, masked scores ``[..., H, Q, K]`` in float32 from ``[..., Q, H, D]`` and ``[..., K, H, D]``."""
-    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    scores = jnp.einsum("...qhd,...khd->...hqk", q * scale, k, preferred_element_type=jnp.float32)
-    if key_mask is None:
-        return scores
-    return jnp.where(key_mask[..., None, None, :], scores, jnp.finfo(jnp.float32).min)
+def _pad(x: Array, number: int) -> Array:
+    """``x`` ``[B, S, ...]`` with ``number`` tokens of zeros, or False, behind."""
+    return jnp.pad(x, [(0, 0), (0, number)] + [(0, 0)] * (x.ndim - 2)) if number else x
 
 
 def _xla(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
     # Softmax statistics are float32 whatever the activation dtype.
-    weights = jax.nn.softmax(_scores(q, k, key_mask), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+    weights = jax.nn.softmax(attention_blocked.scores(q, k, key_mask), axis=-1).astype(v.dtype)
+    return checkpoint_name(jnp.einsum("bhqk,bkhd->bqhd", weights, v), ATTENTION_NAME)
 
 
-def _cudnn(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+def _cudnn(q: Array, k: Array, v: Array, key_mask: Array | None, *, implementation: Any = "cudnn") -> Array:
+    """JAX gives cuDNN a mask as a bias of the full [Q, K] that it also differentiates, and refuses one of [1, K]; a
+    number of keys costs nothing. So the keys that are not masked come first: attention does not mind their order. Nor
+    does it differentiate attention of odd lengths: those are padded."""
+    num_queries = q.shape[1]
+    if key_mask is None and k.shape[1] % 2:
+        key_mask = jnp.ones(k.shape[:2], jnp.bool_)
+    q, k, v, key_mask = (x if x is None else _pad(x, x.shape[1] % 2) for x in (q, k, v, key_mask))
+    return _cudnn_even(q, k, v, key_mask, implementation)[:, :num_queries]
 
 
-# --- blocked: one sample and one block of queries at a time, scores recomputed in the backward pass -------------------
-# XLA's CPU backend writes the whole [B, H, Q, K] score tensor to memory three times over; kept in cache, the same
-# arithmetic is about twice as fast there (benchmarks/RESULTS.md), and nothing quadratic is saved for backward.
+def _cudnn_even(q: Array, k: Array, v: Array, key_mask: Array | None, implementation: Any) -> Array:
+    if key_mask is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+    order = jnp.argsort(~key_mask, axis=1, stable=True)
+    count = jnp.sum(key_mask, axis=1, dtype=jnp.int32)
+    present = jnp.arange(k.shape[1]) < count[:, None]
+    # Zeroed, so that neither values nor gradients depend on what the kernel does past the count.
+    k, v = (jnp.take_along_axis(x, order[..., None, None], axis=1) for x in (k, v))
+    k, v = (jnp.where(present[..., None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=count, implementation=implementation)
 
 
-def _query_blocks(x: Array) -> Array:
-    """``[Q, ...] -> [blocks, size, ...]`` of equal size up to QUERY_BLOCK, the last one zero-padded."""
-    blocks = -(-x.shape[0] // QUERY_BLOCK)
-    size = -(-x.shape[0] // blocks)
-    padding = -x.shape[0] % size
-    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(-1, size, *x.shape[1:])
+BACKENDS: dict[str, Backend] = {
+    "xla": _xla,
+    "blocked": attention_blocked.blocked,
+    "cudnn": _cudnn,
+    "splash": attention_splash.splash,
+}
+CONTEXT_BACKENDS = ("ulysses", "ring")
 
 
-def _block_forward(q: Array, k: Array, v: Array, key_mask: Array | None) -> tuple[Array, Array]:
-    scores = _scores(q, k, key_mask)  # [H, Q, K]
-    maximum = jnp.max(scores, axis=-1, keepdims=True)
-    weights = jnp.exp(scores - maximum)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    out = jnp.einsum("hqk,khd->hqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
-    return out.transpose(1, 0, 2).astype(v.dtype), (maximum + jnp.log(total))[..., 0].T
-
-
-def _blocked_forward(q: Array, k: Array, v: Array, key_mask: Array | None) -> tuple[Array, Array]:
-    def one_sample(args: tuple) -> tuple[Array, Array]:
-        q, k, v, key_mask = args
-        out, lse = jax.lax.map(lambda block: _block_forward(block, k, v, key_mask), _query_blocks(q))
-        return out.reshape(-1, *out.shape[2:])[: q.shape[0]], lse.reshape(-1, lse.shape[-1])[: q.shape[0]]
-
-    return jax.lax.map(one_sample, (q, k, v, key_mask))
-
-
-@jax.custom_vjp
-def _blocked(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
-    return _blocked_forward(q, k, v, key_mask)[0]
-
-
-def _blocked_fwd(q: Array, k: Array, v: Array, key_mask: Array | None) -> tuple[Array, tuple]:
-    out, lse = _blocked_forward(q, k, v, key_mask)
-    return out, (q, k, v, key_mask, out, lse)
-
-
-def _blocked_bwd(residuals: tuple, d_out: Array) -> tuple[Array, Array, Array, None]:
-    """FlashAttention's backward pass (arXiv 2205.14135, algorithm 4), whole rows of keys at a time."""
-
-    def one_sample(args: tuple) -> tuple[Array, Array, Array]:
-        q, k, v, key_mask, out, lse, d_out = args
-        scale = q.shape[-1] ** -0.5
-        delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [Q, H]
-
-        def one_block(carry: tuple[Array, Array], block: tuple) -> tuple[tuple[Array, Array], Array]:
-            d_k, d_v = carry
-            q, d_out, lse, delta = block
-            weights = jnp.exp(_scores(q, k, key_mask) - lse.T[..., None])  # [H, Q, K]
-            d_v += jnp.einsum("hqk,qhd->khd", weights.astype(d_out.dtype), d_out, preferred_element_type=jnp.float32)
-            d_weights = jnp.einsum("qhd,khd->hqk", d_out, v, preferred_element_type=jnp.float32)
-            d_scores = (weights * (d_weights - delta.T[..., None]) * scale).astype(q.dtype)
-            d_k += jnp.einsum("hqk,qhd->khd", d_scores, q, preferred_element_type=jnp.float32)
-            return (d_k, d_v), jnp.einsum("hqk,khd->qhd", d_scores, k)
-
-        zeros = jnp.zeros(k.shape, jnp.float32)
-        blocks = tuple(_query_blocks(x) for x in (q, d_out, lse, delta))
-        (d_k, d_v), d_q = jax.lax.scan(one_block, (zeros, zeros), blocks)
-        return d_q.reshape(-1, *q.shape[1:])[: q.shape[0]], d_k.astype(k.dtype), d_v.astype(v.dtype)
-
-    return *jax.lax.map(one_sample, (*residuals, d_out)), None
-
-
-_blocked.defvjp(_blocked_fwd, _blocked_bwd)
-
-BACKENDS: dict[str, Backend] = {"xla": _xla, "blocked": _blocked, "cudnn": _cudnn}
-
-
-def select_backend(dtype: jnp.dtype, head_dim: int) -> str:
-    """The fastest backend known to support this dtype and head size on the default device."""
-    platform = jax.default_backend()
+def select_backend(dtype: Any, head_dim: int) -> str:
+    """The fastest backend of one device known to support this dtype and head size (``parallel.platform``)."""
+    platform = parallel.platform()
     if platform == "cpu":
         return "blocked"
-    if platform == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and head_dim <= 128 and head_dim % 8 == 0:
+    if platform == "gpu" and dtype in CUDNN_DTYPES and head_dim <= 128 and head_dim % 8 == 0:
         return "cudnn"
+    if platform == "tpu" and head_dim % attention_splash.LANES == 0:
+        return "splash"
     return "xla"
 
 
-def attention(q: Array, k: Array, v: Array, *, key_mask: Array | None = None, backend: str = "auto") -> Array:
+def _local(backend: str, q: Array) -> Backend:
+    return BACKENDS[backend if backend in BACKENDS else select_backend(q.dtype, q.shape[-1])]
+
+
+def _context_backend(backend: str, heads: int) -> str | None:
+    """Which of ``CONTEXT_BACKENDS`` to use for ``heads`` on each device; None: every device has whole sequences."""
+    size = parallel.context_size()
+    if size == 1 or backend in BACKENDS:
+        return None
+    if backend == "auto":
+        return "ring" if heads % size else "ulysses"
+    return backend
+
+
+def _sharded(q: Array, k: Array, v: Array, key_mask: Array | None, backend: str) -> Array:
+    """``attention`` on the automatic axes of the ambient mesh, each of them manual inside."""
+    batch, _, heads, _ = parallel.activation_spec((BATCH, None, HEADS, None), q.shape)
+    axes = parallel.automatic_axes()
+    by_context = _context_backend(backend, q.shape[2] // parallel.shards(heads))
+    local = _local(backend, q)
+    length = q.shape[1]
+    if by_context:
+        if k.shape[1] != length:
+            raise ValueError(f"{length} queries and {k.shape[1]} keys on a context axis; expected self-attention")
+        padding = -length % parallel.context_size()
+        if padding:
+            key_mask = jnp.ones(k.shape[:2], jnp.bool_) if key_mask is None else key_mask
+            q, k, v, key_mask = (_pad(x, padding) for x in (q, k, v, key_mask))
+
+    def on_one_device(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
+        if by_context == "ring":
+            return attention_context.ring(q, k, v, key_mask, CONTEXT)
+        if by_context == "ulysses":
+            return attention_context.ulysses(q, k, v, key_mask, axis=CONTEXT, local=local)
+        return local(q, k, v, key_mask)
+
+    # Every axis that can be named is, those of one device too: over the others gradients would be summed.
+    tokens = CONTEXT if by_context or axes.get(CONTEXT) == 1 else None
+    spec = PartitionSpec(batch, tokens, heads, None)
+    out = jax.shard_map(
+        on_one_device,
+        in_specs=(spec, spec, spec, PartitionSpec(batch, tokens)),
+        out_specs=spec,
+        axis_names=frozenset(axes),
+        check_vma=False,  # Pallas kernels do not say what they vary over
+    )(q, k, v, key_mask)
+    return out[:, :length]
+
+
+def attention(
+    q: Array, k: Array, v: Array, *, key_mask: Array | None = None, backend: str = "auto", sharded: bool = False
+) -> Array:
     """Bidirectional scaled dot-product attention.
 
     Args:
         q: queries ``[B, Q, H, D]``.
         k: keys ``[B, K, H, D]``.
         v: values ``[B, K, H, D]``.
-        key_mask: optional boolean ``[B, K]``; False keys receive no weight.
-        backend: a name in ``BACKENDS``, or "auto".
+        key_mask: optional boolean ``[B, K]``; False keys receive no weight. A sample needs one that is True.
+        backend: a name in ``BACKENDS`` or ``CONTEXT_BACKENDS``, or "auto": on a context axis ``ulysses`` where that
+            divides the heads of a device, else ``ring``; otherwise, and on each device, ``select_backend``. Without a
+            context axis the names in ``CONTEXT_BACKENDS`` mean "auto".
+        sharded: split batch, tokens and heads over the ambient mesh, if there is one. Any length is padded to what the
+            context axis divides; batch and heads that their axes do not divide are computed on each device.
 
     Returns:
         ``[B, Q, H, D]`` in the dtype of ``v``.
 
     Raises:
         KeyError: unknown backend.
+        ValueError: ``ulysses`` with heads that do not divide; on a context axis, not as many keys as queries.
     """
-    name = select_backend(q.dtype, q.shape[-1]) if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise KeyError(f"attention backend {name!r} is unknown; expected 'auto' or one of {sorted(BACKENDS)}")
-    return BACKENDS[name](q, k, v, key_mask)
+    if backend not in ("auto", *BACKENDS, *CONTEXT_BACKENDS):
+        names = sorted((*BACKENDS, *CONTEXT_BACKENDS))
+        raise KeyError(f"attention backend {backend!r} is unknown; expected 'auto' or one of {names}")
+    if sharded and max(parallel.automatic_axes().values(), default=1) > 1:
+        return _sharded(q, k, v, key_mask, backend)
+    return _local(backend, q)(q, k, v, key_mask)

@@ -24,10 +24,9 @@ class ConvAutoencoder:
     Attributes:
         config: shape of the network.
         dtype: of parameters and activations. Results are float32 in any case.
-        slice_size: most images that a device works on at once; activations take gigabytes per image of 1024 px.
-        shards: number of devices among which callers split the batch. Each then goes through its own images; a loop
-            over a split axis would make every device compute all of them. A batch that it does not divide cannot be
-            split evenly, and is taken as whole.
+        slice_size: most images that are worked on at once; activations take gigabytes per image of 1024 px. A batch
+            that is split over devices belongs into ``jax.shard_map``, where each goes through its own images; a loop
+            over an axis that is split automatically would make every device compute all of them.
         tile_size: side in pixels of the tiles that larger pictures are decoded in, or None to decode exactly.
         attention_backend: as in ``models.attention``.
 
@@ -38,16 +37,13 @@ class ConvAutoencoder:
     config: Any
     dtype: Dtype = jnp.float32
     slice_size: int = 1
-    shards: int = 1
     tile_size: int | None = None
     attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name}={value!r}; expected a whole number, at least 1"
-            for name, value in (("slice_size", self.slice_size), ("shards", self.shards))
-            if not is_count(value)
-        ]
+        problems = []
+        if not is_count(self.slice_size):
+            problems.append(f"slice_size={self.slice_size!r}; expected a whole number, at least 1")
         unit = self.factor * OVERLAP_DIVISOR
         if self.tile_size is not None and not (is_count(self.tile_size) and self.tile_size % unit == 0):
             problems.append(f"tile_size={self.tile_size!r}; expected a multiple of {unit} px, or None")
@@ -137,15 +133,11 @@ class ConvAutoencoder:
         return run
 
     def _in_slices(self, function: Callable[[Array], Array], x: Array) -> Array:
-        """``function(x)``, ``slice_size`` rows of each shard at a time."""
+        """``function(x)``, ``slice_size`` rows at a time."""
         batch = x.shape[0]
-        shards = self.shards if batch % self.shards == 0 else 1
-        local = batch // shards
         # Equal slices: a remainder would be compiled as a second network.
-        size = next((n for n in range(min(self.slice_size, local), 0, -1) if local % n == 0), local)
-        if size == local:
+        size = next((n for n in range(min(self.slice_size, batch), 0, -1) if batch % n == 0), batch)
+        if size == batch:
             return function(x)
-        x = x.reshape(shards, -1, size, *x.shape[1:]).swapaxes(0, 1)
-        out = jax.lax.map(function, x.reshape(-1, shards * size, *x.shape[3:]))
-        out = out.reshape(-1, shards, size, *out.shape[2:]).swapaxes(0, 1)
-        return out.reshape(batch, *out.shape[3:])
+        out = jax.lax.map(function, x.reshape(-1, size, *x.shape[1:]))
+        return out.reshape(batch, *out.shape[2:])

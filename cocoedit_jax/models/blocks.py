@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
+from cocoedit_jax.models.attention_blocked import ATTENTION_NAME
 from cocoedit_jax.models.layers import (
     LORA,
     MODULATION,
@@ -17,23 +19,48 @@ from cocoedit_jax.models.layers import (
     layer_norm,
     modulate,
 )
+from cocoedit_jax.models.parallel import constrain_tokens, holds_shards, not_whole_weights
 
 Array = jax.Array
 Rope = tuple[Array, Array]
 
+BLOCK_INPUT_NAME = "block_input"
+_policies = jax.checkpoint_policies
+
+
+def _cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
+    """cuDNN's output and softmax statistics. JAX makes them in its own backward rule, where they cannot be named."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# What the forward pass keeps for the backward pass, which recomputes the rest.
 REMAT_POLICIES: dict[str, Any] = {
-    "none": None,  # keep every activation
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep block inputs only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs, recompute the rest
+    "none": None,  # every activation
+    "dots": _policies.dots_with_no_batch_dims_saveable,  # matmul outputs
+    "attention": _policies.save_from_both_policies(  # block inputs, attention outputs and their softmax statistics
+        _policies.save_only_these_names(ATTENTION_NAME), _cudnn_forward
+    ),
+    "full": _policies.nothing_saveable,  # block inputs only
+    "offload": _policies.save_and_offload_only_these_names(  # block inputs only, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT_NAME],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+
+
+def block_input(x: Array) -> Array:
+    """The states ``[B, S, D]`` that a block starts from: split by tokens, and named for remat policies."""
+    return checkpoint_name(constrain_tokens(x), BLOCK_INPUT_NAME)
 
 
 class BlockInputs(NamedTuple):
     """What every block of a stack is given beside the streams."""
 
     temb: Array  # conditioning vector [B, D], or rows [B] of modulation tables
-    rope: Rope
-    key_mask: Array | None = None  # bool [B, S_text + S]
+    rope: Rope  # of the joint sequence (``parallel.join_streams``)
+    key_mask: Array | None = None  # bool [B, S_text + S], joint
     source: Array | None = None  # bool [S], True for image tokens that are modulated by ``temb_source``
     temb_source: Array | None = None  # like ``temb``
 
@@ -63,7 +90,7 @@ class DoubleStreamBlock(nn.Module):
 
     @nn.compact
     def __call__(self, streams: tuple[Array, Array], given: BlockInputs) -> tuple[tuple[Array, Array], None]:
-        x, context = streams
+        x, context = (block_input(stream) for stream in streams)
         image, text = (
             Modulation(6 * self.hidden, dtype=self.dtype, name=names.modulation) for names in (self.image, self.text)
         )
@@ -107,8 +134,11 @@ def stack(block: type[nn.Module], length: int, remat: str) -> Any:
     """``block`` scanned over ``length`` layers, rematerialised by the named policy; the body returns no parameters."""
     if remat not in REMAT_POLICIES:
         raise KeyError(f"remat={remat!r} is unknown; expected one of {sorted(REMAT_POLICIES)}")
-    if remat != "none":
-        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    policy = REMAT_POLICIES[remat]
+    if remat == "none" and holds_shards():
+        policy = not_whole_weights
+    if policy is not None:
+        block = nn.remat(block, policy=policy, prevent_cse=False)
     broadcast: Any = nn.broadcast
     return nn.scan(
         block,

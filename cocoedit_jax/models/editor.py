@@ -71,6 +71,9 @@ class TransformerShape(Protocol):
     def num_blocks(self) -> int: ...
 
     @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
     def joint_attention_dim(self) -> int:
         """Width of the text states."""
         ...
@@ -149,6 +152,11 @@ class Editor:
         guidance = None if self.guidance is None else jnp.full((len(latents[0]),), self.guidance, jnp.float32)
         text = self.text.encode(params["text"], text_inputs)
         return Conditioning(source=jnp.concatenate(latents, axis=1), text=text, guidance=guidance)
+
+    @staticmethod
+    def network(params: Params) -> Params:
+        """Those of ``params`` that ``velocity`` reads; the same of ``abstract()``."""
+        return {name: params[name] for name in ("transformer", MODULATION) if name in params}
 
     def velocity(
         self,

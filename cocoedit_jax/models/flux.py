@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cocoedit_jax.models.blocks import BlockInputs, DoubleStreamBlock, StreamNames, output_layer, stack
+from cocoedit_jax.models.blocks import BlockInputs, DoubleStreamBlock, StreamNames, block_input, output_layer, stack
 from cocoedit_jax.models.layers import (
     EmbedMLP,
     JointAttention,
@@ -25,6 +25,7 @@ from cocoedit_jax.models.layers import (
     rope_table,
     sinusoidal_embedding,
 )
+from cocoedit_jax.models.parallel import join_streams, split_streams, stream_order
 from cocoedit_jax.models.shape import COUNT, FLAG, SIZE, SIZES, Checks, check_rope, exactly, from_diffusers
 
 Array = jax.Array
@@ -91,7 +92,7 @@ class FluxConfig:
 
 
 class SingleBlock(nn.Module):
-    """One stream over [text, image], attention and MLP in parallel (diffusers FluxSingleTransformerBlock)."""
+    """One stream over the joint [text, image], attention and MLP in parallel (diffusers FluxSingleTransformerBlock)."""
 
     config: FluxConfig
     dtype: Any
@@ -100,6 +101,7 @@ class SingleBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, given: BlockInputs) -> tuple[Array, None]:
         cfg, d = self.config, self.config.hidden
+        x = block_input(x)
         shift, scale, gate = Modulation(3 * d, dtype=self.dtype, num_chunks=3, name="norm.linear")(given.temb)
         h = modulate(layer_norm(x), shift, scale)
         attn, _ = JointAttention(
@@ -159,7 +161,9 @@ class FluxTransformer(nn.Module):
         temb = TimeTextEmbed(cfg, self.dtype, name="time_text_embed")(t, guidance, pooled)
         x = Linear(d, (None, "embed"), dtype=self.dtype, name="x_embedder")(hidden)
         context = Linear(d, (None, "embed"), dtype=self.dtype, name="context_embedder")(text)
-        given = BlockInputs(temb, rope_table(ids, cfg.axes_dims_rope, cfg.theta))
+        n_text = context.shape[1]
+        joint_ids = ids[stream_order(n_text, x.shape[1])]
+        given = BlockInputs(temb, rope_table(joint_ids, cfg.axes_dims_rope, cfg.theta))
 
         if cfg.num_layers:
             blocks = stack(DoubleStreamBlock, cfg.num_layers, self.remat)(
@@ -167,14 +171,13 @@ class FluxTransformer(nn.Module):
                 name="transformer_blocks",
             )  # fmt: skip
             (x, context), _ = blocks((x, context), given)
-        n_text = context.shape[1]
-        x = jnp.concatenate([context, x], axis=1)
+        x = join_streams(context, x)
         if cfg.num_single_layers:
             blocks = stack(SingleBlock, cfg.num_single_layers, self.remat)(
                 cfg, self.dtype, self.attention_backend, name="single_transformer_blocks"
             )
             x, _ = blocks(x, given)
-        return output_layer(self, x[:, n_text : n_text + num_target], temb, cfg.in_channels)
+        return output_layer(self, split_streams(x, n_text)[1][:, :num_target], temb, cfg.in_channels)
 
     def init_params(self, key: Array) -> Any:
         """Fresh parameters, with logical axis names boxed into every leaf."""

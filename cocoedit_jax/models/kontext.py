@@ -91,7 +91,6 @@ def build_kontext(
     remat: str = "none",
     attention_backend: str = "auto",
     guidance: float = 2.5,
-    shards: int = 1,
 ) -> KontextEditor:
     """The editor of the model in ``folder``; parameters are held outside.
 
@@ -102,7 +101,6 @@ def build_kontext(
         vae_dtype: of the autoencoder's.
         vae_tile: side in pixels of the tiles in which larger pictures are decoded; None decodes exactly.
         guidance: embedded guidance scale.
-        shards: number of devices that a batch is split over.
 
     Raises:
         UserError: a configuration file is missing or asks for something that is not implemented.
@@ -112,7 +110,7 @@ def build_kontext(
     editor = KontextEditor(
         transformer=FluxTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
         # Its one head of 512 features is beyond what most attention kernels take: it chooses for itself.
-        autoencoder=AutoencoderKL(vae, vae_dtype, shards=shards, tile_size=vae_tile),
+        autoencoder=AutoencoderKL(vae, vae_dtype, tile_size=vae_tile),
         text=text,
         guidance=guidance,
         schedule=read_schedule(folder),

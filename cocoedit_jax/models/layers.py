@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from cocoedit_jax.models import parallel
 from cocoedit_jax.models.attention import attention
+from cocoedit_jax.models.parallel import join_streams, split_streams
 
 Array = jax.Array
 Dtype = Any
@@ -36,12 +38,15 @@ class Linear(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
 
+    def _weight(self, name: str, init: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> Array:
+        if parallel.holds_shards():
+            return parallel.whole(self.get_variable("params", name), axes, shape)
+        return self.param(name, partitioned(init, axes), shape, self.dtype)
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel_init = partitioned(self.kernel_init, self.axes)
-        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), self.dtype)
-        bias_init = partitioned(nn.initializers.zeros, (self.axes[1],))
-        bias = self.param("bias", bias_init, (self.features,), self.dtype)
+        kernel = self._weight("kernel", self.kernel_init, self.axes, (x.shape[-1], self.features))
+        bias = self._weight("bias", nn.initializers.zeros, self.axes[1:], (self.features,))
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         if self.has_variable(LORA, "lora_A"):
@@ -166,8 +171,8 @@ class JointAttention(nn.Module):
     """Self-attention over one stream, or over [text, image] with separate projections for the text stream.
 
     With ``context=None`` (FLUX single blocks) there is one set of projections and no output projection; otherwise the
-    text stream has its own ``add_*`` projections and both outputs are projected (MMDiT double blocks). ``key_mask``,
-    bool over [text, image], is False for keys that none attends to.
+    text stream has its own ``add_*`` projections and both outputs are projected (MMDiT double blocks). ``rope`` and
+    ``key_mask``, bool and False for keys that none attends to, are of the joint sequence (``parallel.join_streams``).
     """
 
     num_heads: int
@@ -195,12 +200,13 @@ class JointAttention(nn.Module):
             cq, ck, cv = self._project(
                 context, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             )
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((cq, q), (ck, k), (cv, v)))
-        out = attention(apply_rope(q, *rope), apply_rope(k, *rope), v, key_mask=key_mask, backend=self.backend)
+            q, k, v = (join_streams(*pair) for pair in ((cq, q), (ck, k), (cv, v)))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out = attention(q, k, v, key_mask=key_mask, backend=self.backend, sharded=True)
         out = out.reshape(*out.shape[:2], features)
         if context is None:
             return out, None
-        n_context = context.shape[1]
-        out_x = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_out.0")(out[:, n_context:])
-        out_context = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_add_out")(out[:, :n_context])
+        out_context, out_x = split_streams(out, context.shape[1])
+        out_x = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_out.0")(out_x)
+        out_context = Linear(features, ("heads", "embed"), dtype=self.dtype, name="to_add_out")(out_context)
         return out_x, out_context

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from cocoedit_jax.models.blocks import BlockInputs, DoubleStreamBlock, StreamNames, output_layer, stack
 from cocoedit_jax.models.layers import MODULATION, EmbedMLP, Linear, RMSNorm, rope_table, sinusoidal_embedding
+from cocoedit_jax.models.parallel import join_streams, stream_order
 from cocoedit_jax.models.shape import COUNT, FLAG, SIZE, SIZES, Checks, check_rope, exactly, from_diffusers
 
 Array = jax.Array
@@ -154,8 +155,9 @@ class QwenTransformer(nn.Module):
         context = Linear(d, (None, "embed"), dtype=self.dtype, name="txt_in")(context)
         key_mask = None
         if text_mask is not None:
-            key_mask = jnp.concatenate([text_mask, jnp.ones(x.shape[:2], jnp.bool_)], axis=1)
-        given = BlockInputs(temb, rope_table(ids, cfg.axes_dims_rope, cfg.theta), key_mask)
+            key_mask = join_streams(text_mask, jnp.ones(x.shape[:2], jnp.bool_))
+        joint_ids = ids[stream_order(context.shape[1], x.shape[1])]
+        given = BlockInputs(temb, rope_table(joint_ids, cfg.axes_dims_rope, cfg.theta), key_mask)
         if cfg.zero_cond_t:
             given = given._replace(source=jnp.arange(x.shape[1]) >= num_target, temb_source=embed(jnp.zeros_like(t)))
         if cfg.num_layers:

@@ -98,7 +98,6 @@ def build_qwen_edit(
     remat: str = "none",
     attention_backend: str = "auto",
     text_mask: bool = True,
-    shards: int = 1,
 ) -> QwenEditor:
     """The editor of the model in ``folder``; parameters are held outside. Its modulation is not precomputed:
     ``with_modulation_at`` says for which sigmas it should be.
@@ -110,7 +109,6 @@ def build_qwen_edit(
         vae_dtype: of the autoencoder's.
         vae_tile: side in pixels of the tiles in which larger pictures are decoded; None decodes exactly.
         text_mask: False attends to padded text states.
-        shards: number of devices that a batch is split over.
 
     Raises:
         UserError: a configuration file is missing or asks for something that is not implemented.
@@ -119,7 +117,7 @@ def build_qwen_edit(
     vae = AutoencoderQwenConfig.from_dict(orbax_weights.read_config(folder / "vae"), str(folder / "vae"))
     editor = QwenEditor(
         transformer=QwenTransformer(shape, dtype=dtype, remat=remat, attention_backend=attention_backend),
-        autoencoder=AutoencoderQwen(vae, vae_dtype, shards=shards, tile_size=vae_tile),
+        autoencoder=AutoencoderQwen(vae, vae_dtype, tile_size=vae_tile),
         text=text,
         text_mask=text_mask,
         schedule=read_schedule(folder),

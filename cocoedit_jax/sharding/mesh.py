@@ -10,8 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cocoedit_jax.errors import UserError
 
-DATA = "data"  # samples; manual in the optimizer step
-AXES = (DATA, "fsdp", "context", "tensor")
+DATA, FSDP, CONTEXT, TENSOR = AXES = ("data", "fsdp", "context", "tensor")
+SAMPLE_AXES = (DATA, FSDP)  # both split samples; manual wherever the velocity network runs on samples
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -43,6 +43,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def sample_shards(mesh: Mesh) -> int:
+    """Into how many shares a batch of samples is split."""
+    return math.prod(mesh.shape[axis] for axis in SAMPLE_AXES)
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """The sharding of an array whose dimension ``axis`` counts samples."""
-    return NamedSharding(mesh, PartitionSpec(*([None] * axis), DATA))
+    return NamedSharding(mesh, PartitionSpec(*([None] * axis), SAMPLE_AXES))

@@ -1,4 +1,4 @@
-"""The one table from logical axis names, written beside each weight, to mesh axes."""
+"""The one table from logical axis names, written beside each weight and activation, to mesh axes."""
 
 from typing import Any
 
@@ -6,13 +6,23 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cocoedit_jax.sharding.mesh import CONTEXT, FSDP, SAMPLE_AXES, TENSOR
+
 RULES: dict[str, str | None] = {
     "layers": None,  # scanned: every device needs every layer in turn
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "modulation": "tensor",
+    "embed": FSDP,
+    "heads": TENSOR,
+    "mlp": TENSOR,
+    "modulation": TENSOR,
 }
+# Of activations, outermost mesh axis first.
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {
+    "batch": SAMPLE_AXES,
+    "tokens": (CONTEXT,),
+    "heads": (TENSOR,),
+}
+# Of adapters and optimizer state where they are not replicated: their longest dimension.
+ADAPTER_AXIS = FSDP
 
 
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -36,6 +46,27 @@ def parameter_shardings(abstract: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(leaf, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def manual_specs(abstract: Any, mesh: Mesh) -> Any:
+    """For ``jax.shard_map`` that is manual in ``SAMPLE_AXES``: of each of ``parameter_shardings``, those axes."""
+    return jax.tree.map(
+        lambda s: PartitionSpec(*(axis if axis in SAMPLE_AXES else None for axis in s.spec)),
+        parameter_shardings(abstract, mesh),
+    )
+
+
+def adapter_shardings(tree: Any, mesh: Mesh, *, sharded: bool = False) -> Any:
+    """Shardings of adapters, optimizer state and whatever else is in ``tree``: replicated, or every array of at least
+    two dimensions split over ``ADAPTER_AXIS``."""
+    size = mesh.shape[ADAPTER_AXIS]
+
+    def leaf(x: Any) -> NamedSharding:
+        dimensions = [d for d in range(x.ndim) if x.shape[d] % size == 0] if sharded and x.ndim > 1 else []
+        largest = max(dimensions, key=lambda d: x.shape[d], default=None)
+        return NamedSharding(mesh, PartitionSpec(*(ADAPTER_AXIS if d == largest else None for d in range(x.ndim))))
+
+    return jax.tree.map(leaf, tree)
 
 
 def sharded_shapes(abstract: Any, mesh: Mesh, dtype: Any = None) -> Any:

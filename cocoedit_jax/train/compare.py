@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
@@ -28,7 +27,10 @@ from cocoedit_jax.train.setup import Setup, build
 # The baseline that needs no training for consistency, only the true mask at inference: it stands beside the table.
 PASTE_BASELINE = "edit-r1"
 # Settings that change what a run reports of itself, not its result.
-_MAY_DIFFER = ("checkpoint.", "evaluation.every", "evaluation.scenes", "evaluation.batch_size", "mesh.")
+_MAY_DIFFER = (
+    "checkpoint.", "evaluation.every", "evaluation.scenes", "evaluation.batch_size", "mesh.", "rollout.layout",
+    "train.layout", "train.adapters",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,6 @@ def compare(
     fresh = FreshScenes(out, scenes, scene_seed)
     _refuse_other_runs(out, configs)
     out.mkdir(parents=True, exist_ok=True)
-    # Runs of one preset compile the same programs; the sampler is the same for all.
-    jax.config.update("jax_compilation_cache_dir", str((out / "compiled").resolve()))
     result: dict[str, Any] = {"scenes": scenes, "presets": {name: {"seeds": {}} for name in presets}}
     for (name, seed), config in configs.items():
         run_dir = out / name / f"seed_{seed}"

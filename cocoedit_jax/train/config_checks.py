@@ -8,11 +8,11 @@ from ml_collections import ConfigDict
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
-from cocoedit_jax.models.attention import BACKENDS
+from cocoedit_jax.models.attention import BACKENDS, CONTEXT_BACKENDS
 from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.registry import weighted_rewards
-from cocoedit_jax.sharding.mesh import DATA
+from cocoedit_jax.sharding.mesh import CONTEXT, sample_shards
 
 # key -> smallest whole number
 WHOLE = {
@@ -30,6 +30,7 @@ NUMBERS = {
     "data.held_out": (0.0, 0.999, False),
     "max_unscored": (0.0, 1.0, True),
 }
+ADAPTERS = ("replicated", "sharded")  # values of train.adapters
 BOOLEANS = ("data.strict",)
 
 
@@ -71,7 +72,20 @@ def _model_problems(model: ConfigDict) -> list[str]:
     return problems
 
 
-def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTConfig:
+# Kernels that exist on one kind of device.
+KERNEL_PLATFORMS = {"cudnn": "gpu", "splash": "tpu"}
+
+
+def _mesh_problems(config: ConfigDict, *meshes: Mesh) -> list[str]:
+    """Of attention backends that the meshes cannot run."""
+    name, platform = config.model.attention, meshes[0].devices.flat[0].platform
+    if name in CONTEXT_BACKENDS and all(mesh.shape[CONTEXT] == 1 for mesh in meshes):
+        return [_problem(config, "model.attention", "another one, or config.mesh.context above 1: it splits sequences")]
+    needed = KERNEL_PLATFORMS.get(name, platform)
+    return [] if needed == platform else [_problem(config, "model.attention", f"another one on a {platform}")]
+
+
+def check_config(config: ConfigDict, rollout_mesh: Mesh, train_mesh: Mesh, kinds: tuple[str, ...]) -> NFTConfig:
     """The algorithm settings of a usable configuration; ``kinds`` are the editors there are.
 
     Raises:
@@ -80,7 +94,7 @@ def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTC
     choices = {
         "model.kind": kinds,
         "model.remat": tuple(REMAT_POLICIES),
-        "model.attention": ("auto", *BACKENDS),
+        "model.attention": ("auto", *BACKENDS, *CONTEXT_BACKENDS),
         "rollout.solver": tuple(SOLVERS),
         "evaluation.solver": tuple(SOLVERS),
         "data.crop": ("center", "buckets"),
@@ -102,10 +116,12 @@ def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTC
     problems += [
         _problem(config, key, "true or false") for key in BOOLEANS if not isinstance(value_of(config, key), bool)
     ]
-    problems += _model_problems(config.model)
+    problems += _model_problems(config.model) + _mesh_problems(config, rollout_mesh, train_mesh)
     if problems:
         raise UserError("\n".join(problems))
-    samples, shards = config.rollout.groups * config.rollout.group_size, mesh.shape[DATA]
+    if config.train.get("adapters", "replicated") not in ADAPTERS:
+        problems.append(_problem(config, "train.adapters", f"one of {list(ADAPTERS)}"))
+    samples = config.rollout.groups * config.rollout.group_size
     if samples % config.rollout.batch_size:
         problems.append(
             _problem(
@@ -113,9 +129,15 @@ def check_config(config: ConfigDict, mesh: Mesh, kinds: tuple[str, ...]) -> NFTC
             )
         )
     problems += [
-        _problem(config, key, f"a multiple of the {shards} data shards")
-        for key in ("rollout.batch_size", "train.micro_batch", "evaluation.batch_size")
-        if value_of(config, key) % shards
+        _problem(
+            config, key, f"a multiple of the {sample_shards(mesh)} shares (data x fsdp) that samples are split into"
+        )
+        for key, mesh in (
+            ("rollout.batch_size", rollout_mesh),
+            ("train.micro_batch", train_mesh),
+            ("evaluation.batch_size", rollout_mesh),
+        )
+        if value_of(config, key) % sample_shards(mesh)
     ]
     if problems:
         raise UserError("\n".join(problems))

@@ -21,14 +21,15 @@ from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
-from cocoedit_jax.sharding.mesh import DATA
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
 # The editor, and a function that loads its parameters: so that what can be refused is refused before they are read.
 Loaded = tuple[Editor, Callable[[], Any]]
-Loader = Callable[[ConfigDict, Mesh, Path, Framing], Loaded]  # configuration, mesh, data folder, image sizes
+Loader = Callable[
+    [ConfigDict, Mesh, Path, Framing], Loaded
+]  # configuration, mesh to load onto, data folder, image sizes
 EDITORS: dict[str, Loader] = {}
 
 
@@ -92,7 +93,6 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -
         remat=model.remat,
         attention_backend=model.attention,
         guidance=model.guidance,
-        shards=mesh.shape[DATA],
     )
     check_widths(cache, editor.transformer.config, folder)
     return editor, lambda: kontext.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))
@@ -117,7 +117,6 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
         remat=model.remat,
         attention_backend=model.attention,
         text_mask=model.text_mask,
-        shards=mesh.shape[DATA],
     )
     check_widths(cache, editor.transformer.config, folder)
     check_sizes(editor, framing)

@@ -15,7 +15,8 @@ from cocoedit_jax.models.text import instructions
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.rewards.judge import Judge, JudgeRequest, judge_scores
 from cocoedit_jax.rewards.pixel import masked_psnr, masked_ssim
-from cocoedit_jax.train.rollout import make_sampler, sample_keys
+from cocoedit_jax.sharding.mesh import replicated
+from cocoedit_jax.train.rollout import make_encoder, make_sampler, sample_keys
 from cocoedit_jax.train.setup import Setup
 
 METRICS = ("judge", "psnr_outside", "ssim_outside", "change_inside", "no_edit")
@@ -61,19 +62,20 @@ class Evaluator:
     def __init__(self, setup: Setup):
         self._setup = setup
         self._samplers: dict[int, Any] = {}
-        self._encode = jax.jit(setup.editor.encode)
+        self._encode = make_encoder(setup.editor, setup.rollout_mesh)
 
     def _sampler(self, bucket: int) -> Any:
         if bucket not in self._samplers:
             setup, options = self._setup, self._setup.config.evaluation
             grid = setup.editor.grid(*setup.framing.sizes[bucket])
             sigmas = setup.editor.sigmas(options.steps, grid)
-            self._samplers[bucket] = make_sampler(setup.editor, grid, sigmas, options.solver, setup.mesh)
+            self._samplers[bucket] = make_sampler(setup.editor, grid, sigmas, options.solver, setup.rollout_mesh)
         return self._samplers[bucket]
 
     def __call__(self, adapter: Any, limit: int, progress: Callable[[int], object] = lambda n: None) -> Evaluation:
         """``adapter`` has its scale folded in, or is None for the base model."""
         setup, size = self._setup, self._setup.config.evaluation.batch_size
+        adapter = None if adapter is None else jax.device_put(adapter, replicated(setup.rollout_mesh))
         chosen = range(min(limit, len(setup.held_out_records)))
         by_bucket: dict[int, list[int]] = {}
         for index in chosen:
@@ -94,9 +96,10 @@ class Evaluator:
         setup = self._setup
         batch = load_batch(setup.held_out, indices)
         text = setup.editor.text_inputs(instructions(batch))
-        conditioning = self._encode(setup.params, batch["image"], text)
+        params = setup.base.on(setup.rollout_mesh)
+        conditioning = self._encode(params, batch["image"], text)
         keys = sample_keys(jax.random.key(_NOISE_SEED), np.asarray(indices))
-        _, images = self._sampler(bucket)(setup.params, adapter, conditioning, keys)
+        _, images = self._sampler(bucket)(params, adapter, conditioning, keys)
         edited = np.asarray(images)
         metrics = measure(edited, batch, setup.judge)
         fields = ("image", "edit_mask", "prompt", "id", "edit_type", "extra")

@@ -2,16 +2,15 @@
 
 import dataclasses
 import shlex
-import signal
-import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples
 from cocoedit_jax.data.records import fingerprint
@@ -26,22 +25,20 @@ from cocoedit_jax.reporting.report import write_report
 from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, write_json
 from cocoedit_jax.rewards.judge import judge_hook
 from cocoedit_jax.sharding.mesh import batch_sharding, replicated
+from cocoedit_jax.sharding.rules import adapter_shardings
 from cocoedit_jax.train.checkpoint import Checkpoints
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after
 from cocoedit_jax.train.optimality import Judged, judge_rollout, pack_step
 from cocoedit_jax.train.performance import Performance
-from cocoedit_jax.train.rollout import RewardQueue, Rollout, collect, make_sampler
+from cocoedit_jax.train.rollout import RewardQueue, Rollout, collect, make_encoder, make_sampler
 from cocoedit_jax.train.run_folder import EVALUATION, claim
 from cocoedit_jax.train.setup import Setup
-from cocoedit_jax.train.step import StepScalars, TrainState, make_optimizer, make_train_step
+from cocoedit_jax.train.step import StepScalars, TrainState, init_state, make_optimizer, make_train_step
+from cocoedit_jax.train.stop import Stop, Stopped
 
 
 class NonFiniteError(FloatingPointError):
     """A loss, reward or gradient is NaN or infinite; the message names it. The last good checkpoint is kept."""
-
-
-class Stopped(Exception):
-    """A signal came while something ran that a continued run does again."""
 
 
 @dataclass
@@ -65,34 +62,6 @@ class Drawn:
     judged: Judged
 
 
-class Stop:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads between steps; a second signal acts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        print(f"\n{signal.Signals(number).name}: stopping soon; what is done is kept. Once more: at once", flush=True)
-        signal.signal(number, self._previous[number])
-
-    def check(self) -> None:
-        """Raises Stopped if a signal has come; called between parts of work whose result is not kept."""
-        if self.requested:
-            raise Stopped
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 class Trainer:
     """One run. ``train()`` reads top-down; the state between two steps is ``state``, ``banned`` and nothing else."""
 
@@ -105,7 +74,8 @@ class Trainer:
         self.evaluator = Evaluator(setup)
         samples = self.config.rollout.groups * self.config.rollout.group_size
         self.queue = RewardQueue(setup.judge, self.cfg, samples // self.config.rollout.batch_size)
-        self.encode = jax.jit(setup.editor.encode)
+        self.encode = make_encoder(setup.editor, setup.rollout_mesh)
+        self.sharded = self.config.train.get("adapters", "replicated") == "sharded"
         self.state = self._initial_state()
         self.banned: set[str] = set()
         self.data = fingerprint(setup.train_records)
@@ -115,16 +85,18 @@ class Trainer:
 
     def _initial_state(self) -> TrainState:
         key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        theta = lora.init_adapter(key, self.setup.params["transformer"], self.setup.lora)
-        copy = lambda: jax.tree.map(jnp.copy, theta)  # noqa: E731 - donated buffers must not be shared
-        state = TrainState(
-            theta=theta,
-            old=copy(),
-            ema=copy() if self.cfg.ema_decay > 0 else None,
-            opt_state=self.optimizer.init(theta),
-            step=jnp.zeros((), jnp.int32),
+        return self._placed(
+            init_state(key, self.setup.params["transformer"], self.cfg, self.setup.lora, self.optimizer)
         )
-        return jax.device_put(state, replicated(self.setup.mesh))
+
+    def _placed(self, state: TrainState) -> TrainState:
+        return jax.device_put(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
+
+    def _base_on(self, mesh: Mesh, timer: PhaseTimer) -> Any:
+        """The base's parameters on ``mesh``; a move is a phase of its own."""
+        base = self.setup.base
+        with timer("reshard") if base.mesh != mesh else nullcontext():
+            return base.on(mesh)
 
     def programs(self, bucket: int) -> Programs:
         """Sampler and optimizer step for the images of ``bucket``."""
@@ -134,8 +106,17 @@ class Trainer:
             sigmas = setup.editor.sigmas(rollout.steps, grid)
             self._programs[bucket] = Programs(
                 grid,
-                make_sampler(setup.editor, grid, sigmas, rollout.solver, setup.mesh),
-                make_train_step(setup.editor, grid, sigmas, self.cfg, setup.lora, self.optimizer, setup.mesh),
+                make_sampler(setup.editor, grid, sigmas, rollout.solver, setup.rollout_mesh),
+                make_train_step(
+                    setup.editor,
+                    grid,
+                    sigmas,
+                    self.cfg,
+                    setup.lora,
+                    self.optimizer,
+                    setup.mesh,
+                    sharded_adapters=self.sharded,
+                ),  # fmt: skip
             )
         return self._programs[bucket]
 
@@ -154,13 +135,14 @@ class Trainer:
             plan = plan_samples(records, self.config.rollout.group_size)
             batch = load_batch(self.setup.train, records)
             programs = self.programs(self.setup.train_records[int(records[0])].bucket)
+        params = self._base_on(self.setup.rollout_mesh, timer)
         with timer("encode"):
             text = self.setup.editor.text_inputs(instructions(batch))
-            conditioning = self.encode(self.setup.params, batch["image"], text)
+            conditioning = self.encode(params, batch["image"], text)
         with timer("rollout"):
-            old = lora.fold_scale(self.state.old, self.setup.lora)
+            old = jax.device_put(lora.fold_scale(self.state.old, self.setup.lora), replicated(self.setup.rollout_mesh))
             rollout = collect(
-                programs.sampler, self.setup.params, old, conditioning, plan, batch, rollout_key, self.queue,
+                programs.sampler, params, old, conditioning, plan, batch, rollout_key, self.queue,
                 self.config.rollout.batch_size,
             )  # fmt: skip
         self._check_rollout(step, rollout)
@@ -203,6 +185,7 @@ class Trainer:
         if not count:  # nothing to learn from; the step still counts, so that the data position moves on
             self.state = dataclasses.replace(self.state, step=self.state.step + 1)
             return {}
+        params = self._base_on(self.setup.mesh, timer)
         with timer("train"):
             batch = jax.device_put(host, batch_sharding(self.setup.mesh, axis=1))
             scalars = StepScalars(
@@ -213,7 +196,7 @@ class Trainer:
                 key=key,
             )
             scalars = jax.device_put(scalars, replicated(self.setup.mesh))
-            self.state, device_metrics, finite = programs.train_step(self.state, self.setup.params, batch, scalars)
+            self.state, device_metrics, finite = programs.train_step(self.state, params, batch, scalars)
             metrics = {f"train/{k}": float(v) for k, v in device_metrics.items()}
         self._check_finite(step, metrics, finite)
         return metrics
@@ -287,7 +270,7 @@ class Trainer:
                 f"--resume: the records of {self.config.data.path} are not those that {self.run_dir} was trained on "
                 f"(fingerprint {self.data}, {saved['data']} then); point config.data.path at the same data"
             )
-        self.state = jax.device_put(self.state, replicated(self.setup.mesh))
+        self.state = self._placed(self.state)
         self.banned = set(saved["banned"])
         return int(self.state.step)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.data.groups import SamplePlan
 from cocoedit_jax.errors import UserError
@@ -18,9 +18,11 @@ from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.judge import Judge
 from cocoedit_jax.rewards.registry import EditBatch, weighted_rewards
-from cocoedit_jax.sharding.mesh import batch_sharding
+from cocoedit_jax.sharding.mesh import AXES, SAMPLE_AXES, batch_sharding, replicated
+from cocoedit_jax.sharding.rules import manual_specs
 
 Array = jax.Array
+Encoder = Callable[[Any, np.ndarray, Any], Conditioning]
 Sampler = Callable[[Any, Any, Conditioning, Array], tuple[Array, Array]]
 
 
@@ -35,25 +37,74 @@ class Rollout:
     seconds_waiting: float = 0.0  # for rewards, after the last sample was drawn
 
 
+def make_encoder(editor: Editor, mesh: Mesh) -> Encoder:
+    """``(params, images [B, H, W, 3], text inputs) -> conditioning [B]``, whole on every device.
+
+    Every device encodes its share of the images; ``B`` is filled up to a multiple of the devices.
+    """
+    shares = PartitionSpec(AXES)
+    split = jax.shard_map(
+        editor.encode,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), shares, shares),
+        out_specs=shares,
+        axis_names=frozenset(AXES),
+        check_vma=False,
+    )
+    encode = jax.jit(split, out_shardings=replicated(mesh))
+
+    def run(params: Any, images: np.ndarray, text_inputs: Any) -> Conditioning:
+        count = len(images)
+        rows = np.minimum(np.arange(-(-count // mesh.size) * mesh.size), count - 1)
+        filled = jax.tree.map(lambda x: np.asarray(x)[rows], (images, text_inputs))
+        encoders = {name: params[name] for name in ("autoencoder", "text")}
+        return jax.tree.map(lambda x: x[:count], encode(encoders, *filled))
+
+    return run
+
+
 def make_sampler(editor: Editor, grid: Grid, sigmas: np.ndarray, solver: str, mesh: Mesh) -> Sampler:
     """A jitted ``(params, folded adapter, conditioning [B], keys [B]) -> (x0 [B, n, c], images [B, H, W, 3])``.
 
     Every sample has its own key, so the noise does not depend on how samples are batched or spread over devices.
+    Samples are split over the axes of samples, as in the optimizer step; their pictures over all devices, where ``B``
+    divides.
     """
     editor.check_sigmas(sigmas)
 
-    def draw(params: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> tuple[Array, Array]:
+    def draw(network: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> Array:
         shape = (grid.tokens, editor.token_channels)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-        noise = jax.lax.with_sharding_constraint(noise, batch_sharding(mesh))
 
         def velocity(z: Array, sigma: Array) -> Array:
-            return editor.velocity(params, adapter, z, jnp.full((z.shape[0],), sigma), conditioning, grid)
+            return editor.velocity(network, adapter, z, jnp.full((z.shape[0],), sigma), conditioning, grid)
 
-        x0 = sample(velocity, noise, sigmas, solver)
-        return x0, editor.decode(params, x0, grid)
+        return sample(velocity, noise, sigmas, solver)
 
-    return jax.jit(draw, out_shardings=batch_sharding(mesh))
+    everywhere, samples = PartitionSpec(), PartitionSpec(SAMPLE_AXES)
+    draw = jax.shard_map(
+        draw,
+        mesh=mesh,
+        in_specs=(manual_specs(editor.network(editor.abstract()), mesh), everywhere, samples, samples),
+        out_specs=samples,
+        axis_names=frozenset(SAMPLE_AXES),
+        check_vma=False,
+    )
+
+    def draw_and_decode(params: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> tuple[Array, Array]:
+        x0 = draw(editor.network(params), adapter, conditioning, keys)
+        pictures = samples if len(x0) % mesh.size else PartitionSpec(AXES)
+        decode = jax.shard_map(
+            lambda autoencoder, x0: editor.decode({"autoencoder": autoencoder}, x0, grid),
+            mesh=mesh,
+            in_specs=(everywhere, pictures),
+            out_specs=pictures,
+            axis_names=frozenset(AXES),
+            check_vma=False,
+        )
+        return x0, decode(params["autoencoder"], x0)
+
+    return jax.jit(draw_and_decode, out_shardings=(batch_sharding(mesh), None))
 
 
 def sample_keys(key: Array, index: np.ndarray) -> Array:

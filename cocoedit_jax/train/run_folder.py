@@ -14,7 +14,8 @@ CONFIG, EVALUATION = "config.json", "evaluation.json"
 # and what is shown. The data may move; that it is the same data is checked by its fingerprint, which the checkpoint
 # holds.
 _MAY_CHANGE = (
-    "train.steps", "checkpoint.", "evaluation.", "mesh.", "data.path", "model.remat", "model.attention", "max_unscored",
+    "train.steps", "checkpoint.", "evaluation.", "mesh.", "rollout.layout", "train.layout",
+    "train.adapters", "data.path", "model.remat", "model.attention", "max_unscored",
     *(f"judge.vlm.{name}" for name in ("endpoints", "concurrency", "timeout_s", "step_deadline_s", "start_deadline_s",
                                        "cache_dir", "key_env", "key_file", "canary_every")),
 )  # fmt: skip

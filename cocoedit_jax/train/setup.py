@@ -21,27 +21,65 @@ from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.judge import Judge, judge_hook, judge_options, make_judge
-from cocoedit_jax.sharding.mesh import make_mesh
+from cocoedit_jax.sharding.base import Base
+from cocoedit_jax.sharding.layouts import check_shape, layout_mesh
 from cocoedit_jax.train.config_checks import check_config
 from cocoedit_jax.train.editors import EDITORS, check_sizes
 
 
 @dataclass
 class Setup:
-    """The parts of a run. ``params`` is the frozen base, sharded over ``mesh``."""
+    """The parts of a run.
+
+    Attributes:
+        mesh: of the optimizer step.
+        rollout_mesh: of sampling, for rollouts and evaluations; the same devices.
+        base: the frozen base, on whichever of the two used it last.
+    """
 
     config: ConfigDict
     algorithm: NFTConfig
     lora: lora.LoraConfig
     mesh: Mesh
+    rollout_mesh: Mesh
     editor: Editor
-    params: Any
+    base: Base
     framing: Framing
     train: grain.MapDataset
     train_records: tuple[Record, ...]
     held_out: grain.MapDataset
     held_out_records: tuple[Record, ...]
     judge: Judge
+
+    @property
+    def params(self) -> Any:
+        """The frozen base as it is placed now."""
+        return self.base.params
+
+
+def phase_meshes(config: ConfigDict) -> tuple[Mesh, Mesh]:
+    """The meshes of rollout and optimizer step: ``config.mesh``, unless ``rollout.layout`` or ``train.layout`` says
+    otherwise.
+
+    Raises:
+        UserError: naming the field, for a layout or sizes that do not fit the devices.
+    """
+    sizes = config.mesh.to_dict()
+    common = sizes.pop("layout", "replicated")
+
+    def mesh(phase: str) -> Mesh:
+        own = config[phase].get("layout", "")
+        if own:
+            return layout_mesh(own, field=f"config.{phase}.layout")
+        return layout_mesh(common, sizes, field="config.mesh.layout")
+
+    rollout, train = mesh("rollout"), mesh("train")
+    if rollout.size != train.size:
+        raise UserError(
+            f"config.rollout.layout={config.rollout.get('layout', '')!r} takes {rollout.size} device(s), "
+            f"config.train.layout={config.train.get('layout', '')!r} {train.size}; expected the same ones"
+        )
+    return rollout, train
 
 
 def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
@@ -110,12 +148,15 @@ def build(config: ConfigDict) -> Setup:
     """
     if jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes; this trainer runs in one process, on all of its devices")
-    mesh = make_mesh(config.mesh.to_dict())
-    algorithm = check_config(config, mesh, tuple(EDITORS))
+    rollout_mesh, mesh = phase_meshes(config)
+    algorithm = check_config(config, rollout_mesh, mesh, tuple(EDITORS))
     judge = make_judge(**judge_options(config.judge.to_dict()))
     framing = Framing(config.data.resolution, config.data.crop, divisor=16)
     found = load_records(config, framing)
-    editor, load_params = EDITORS[config.model.kind](config, mesh, found.root, framing)
+    editor, load_params = EDITORS[config.model.kind](config, rollout_mesh, found.root, framing)
+    for phase, used in (("rollout", rollout_mesh), ("train", mesh)):
+        own = config[phase].get("layout", "")
+        check_shape(used, editor.transformer.config, f"config.{phase}.layout={own!r}" if own else "config.mesh")
     check_sizes(editor, framing)
     records = _usable(found, editor, judge, config.data.strict)
     _check_edit_types(algorithm, records)
@@ -126,8 +167,8 @@ def build(config: ConfigDict) -> Setup:
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
     judge_hook(judge, "start")()
-    params = load_params()
+    base = Base(load_params(), editor.abstract(), rollout_mesh)  # where it is used first
     return Setup(
-        config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, editor, params,
-        framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,
+        config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, rollout_mesh, editor,
+        base, framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,
     )  # fmt: skip

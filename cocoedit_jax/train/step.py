@@ -1,7 +1,8 @@
 """The optimizer step: one jitted call that scans micro-batches x timesteps and reduces gradients once.
 
-Over the data axis it is a manual ``shard_map``: every device sums the gradients of its own samples over all
-micro-batches and timesteps, and one all-reduce follows. The other mesh axes stay automatic inside.
+Over the axes that split samples, data and fsdp, it is a manual ``shard_map``: every device sums the gradients of its
+own samples over all micro-batches and timesteps, and one all-reduce follows. Layers fetch the shards of their weights
+from the fsdp axis as they run (``models/parallel.py``). The other mesh axes stay automatic inside.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.models import lora
@@ -19,7 +21,8 @@ from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.objective import ObjectiveInputs, get_objective, reduce_global, reduce_micro
 from cocoedit_jax.nft.policy import blend
 from cocoedit_jax.nft.presets import NFTConfig
-from cocoedit_jax.sharding.mesh import DATA, replicated
+from cocoedit_jax.sharding.mesh import SAMPLE_AXES, replicated, sample_shards
+from cocoedit_jax.sharding.rules import adapter_shardings, manual_specs
 
 Array = jax.Array
 Tree = Any
@@ -38,7 +41,7 @@ class TrainState:
 
 @flax.struct.dataclass
 class StepBatch:
-    """The samples of one optimizer step, ``[M, micro, ...]``; ``micro`` is split over the data axis.
+    """The samples of one optimizer step, ``[M, micro, ...]``; ``micro`` is split over the axes of samples.
 
     Rows past the last sample have ``valid`` 0; micro-batches past ``StepScalars.num_micro`` are not computed.
     """
@@ -83,6 +86,16 @@ def make_optimizer(learning_rate: float, weight_decay: float, max_grad_norm: flo
     )
 
 
+def init_state(
+    key: Array, transformer: Tree, cfg: NFTConfig, lora_cfg: lora.LoraConfig, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step; ``transformer`` are the base's parameters, or their shapes."""
+    theta = lora.init_adapter(key, transformer, lora_cfg)
+    copy = lambda: jax.tree.map(jnp.copy, theta)  # noqa: E731 - donated buffers must not be shared
+    ema = copy() if cfg.ema_decay > 0 else None
+    return TrainState(theta, copy(), ema, optimizer.init(theta), jnp.zeros((), jnp.int32))
+
+
 def make_train_step(
     editor: Editor,
     grid: Grid,
@@ -91,11 +104,17 @@ def make_train_step(
     lora_cfg: lora.LoraConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    *,
+    sharded_adapters: bool = False,
 ) -> Callable[[TrainState, Tree, StepBatch, StepScalars], tuple[TrainState, dict[str, Array], Tree]]:
     """The jitted step ``(state, params, batch, scalars) -> (state, metrics, finite)``.
 
     ``finite`` is a tree of flags, one for each gradient; if any is False, or the loss or a norm is not finite, the
     returned state is the given one, unchanged. ``state`` is donated.
+
+    Args:
+        sharded_adapters: adapters and optimizer state are placed by ``adapter_shardings(.., sharded=True)``; they are
+            whole only while gradients are made. Otherwise every device holds them.
     """
     editor.check_sigmas(sigmas)
     objective = get_objective(cfg.objective)
@@ -103,7 +122,7 @@ def make_train_step(
     levels = jnp.asarray(trained, jnp.float32)
     num_timesteps = cfg.num_timesteps(len(sigmas) - 1)
     micro_reduction = cfg.valid_reduction == "micro"
-    num_shards = mesh.shape[DATA]
+    num_shards = sample_shards(mesh)
 
     def velocity(params: Tree, adapter: Tree | None, x_t: Array, t: Array, conditioning: Conditioning) -> Array:
         folded = None if adapter is None else lora.fold_scale(adapter, lora_cfg)
@@ -150,7 +169,7 @@ def make_train_step(
         return reduce(output.loss), {"loss": reduce(output.loss)} | {k: reduce(v) for k, v in output.terms.items()}
 
     def accumulate(theta: Tree, old: Tree, params: Tree, batch: StepBatch, scalars: StepScalars) -> tuple[Tree, dict]:
-        """Gradients and metrics of all micro-batches; runs on one shard of the data axis."""
+        """Gradients and metrics of all micro-batches; runs on one share of the samples."""
 
         def one_timestep(carry: tuple, inputs: tuple, rows: StepBatch) -> tuple[tuple, None]:
             t, noise = inputs
@@ -180,22 +199,25 @@ def make_train_step(
         return jax.tree.map(lambda x: x[None], totals)
 
     everywhere = PartitionSpec()
+    weights = manual_specs(editor.network(editor.abstract()), mesh)
     accumulate = jax.shard_map(
         accumulate,
         mesh=mesh,
-        in_specs=(everywhere, everywhere, everywhere, PartitionSpec(None, DATA), everywhere),
-        out_specs=PartitionSpec(DATA),
-        axis_names=frozenset({DATA}),
+        in_specs=(everywhere, everywhere, weights, PartitionSpec(None, SAMPLE_AXES), everywhere),
+        out_specs=PartitionSpec(SAMPLE_AXES),
+        axis_names=frozenset(SAMPLE_AXES),
         check_vma=False,  # gradients of the replicated adapters stay local
     )
 
     def train_step(
         state: TrainState, params: Tree, batch: StepBatch, scalars: StepScalars
     ) -> tuple[TrainState, dict[str, Array], Tree]:
-        shards = accumulate(state.theta, state.old, params, batch, scalars)
-        # The one reduction over the data axis. It is written as a sum of shards outside the manual region because a
-        # psum inside it does not compile when another mesh axis is automatic.
+        shards = accumulate(state.theta, state.old, editor.network(params), batch, scalars)
+        # The one reduction over the samples. It is written as a sum of shards outside the manual region because a psum
+        # inside it does not compile when another mesh axis is automatic.
         grads, metrics = jax.tree.map(lambda x: x.sum(axis=0), shards)
+        if sharded_adapters:
+            grads = jax.lax.with_sharding_constraint(grads, adapter_shardings(grads, mesh, sharded=True))
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, opt_state = optimizer.update(grads, state.opt_state, state.theta)
         theta = optax.apply_updates(state.theta, updates)
@@ -219,4 +241,7 @@ def make_train_step(
         return new, metrics, finite
 
     # Stated, so that the state comes back as it went in: another sharding would compile everything a second time.
-    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(mesh))
+    transformer = nn.unbox(editor.abstract())["transformer"]
+    state = jax.eval_shape(lambda key: init_state(key, transformer, cfg, lora_cfg, optimizer), jax.random.key(0))
+    placed = adapter_shardings(state, mesh, sharded=sharded_adapters), replicated(mesh), replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=placed)

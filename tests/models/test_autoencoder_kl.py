@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import weights
@@ -121,28 +122,23 @@ def test_only_pictures_larger_than_a_tile_are_tiled(params, size, tiled):
 
 
 def test_every_device_decodes_its_own_images(params):
-    """Without ``shards`` the loop over a split batch would gather every image on every device."""
+    """Within ``shard_map``; a loop over a batch that is split automatically would gather it on every device."""
     mesh = make_mesh({DATA: 4})
     latents = draw_latents(8, 3, 2)
     # The blocked attention of the CPU loops over samples itself.
-    options = {"attention_backend": "xla"}
-    own = compiled_decode(AutoencoderKL(CONFIG, shards=4, **options), params, latents, mesh)
+    autoencoder = AutoencoderKL(CONFIG, attention_backend="xla")
+    split = jax.shard_map(
+        autoencoder.decode, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(DATA)), out_specs=PartitionSpec(DATA)
+    )
+    own = jax.jit(split).lower(params, latents).compile()
     program = own.as_text() or ""
     assert "while" in program
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
-    gathering = compiled_decode(AutoencoderKL(CONFIG, **options), params, latents, mesh)
-    assert "all-gather" in (gathering.as_text() or "")
-    out = own(params, jax.device_put(latents, batch_sharding(mesh)))
-    assert out.sharding.is_equivalent_to(batch_sharding(mesh), out.ndim)
+    assert "all-gather" in (compiled_decode(autoencoder, params, latents, mesh).as_text() or "")
+    out = jax.jit(split)(params, latents)
     expected = jax.jit(AutoencoderKL(CONFIG, slice_size=8).decode)(params, latents)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_batch_that_the_shards_do_not_divide(params):
-    latents = draw_latents(3, 2, 2)
-    out = jax.jit(AutoencoderKL(CONFIG, shards=4).decode)(params, latents)
-    np.testing.assert_allclose(out, jax.jit(AutoencoderKL(CONFIG).decode)(params, latents), rtol=1e-5, atol=1e-6)
 
 
 def test_the_editor_takes_it(params):
@@ -211,7 +207,6 @@ def test_all_refusals_come_together():
     "setting, expected",
     [
         ({"slice_size": 0}, "slice_size=0"),
-        ({"shards": 0}, "shards=0"),
         ({"tile_size": 500}, "tile_size=500; expected a multiple of 32 px"),
         ({"tile_size": 0}, "tile_size=0"),
         ({"tile_size": 32.0}, "tile_size=32.0"),

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import weights
@@ -13,7 +14,7 @@ from cocoedit_jax.models.autoencoder import Autoencoder
 from cocoedit_jax.models.autoencoder_qwen import AutoencoderQwen
 from cocoedit_jax.models.autoencoder_qwen_config import AutoencoderQwenConfig
 from cocoedit_jax.models.autoencoder_qwen_weights import load_params, stored_shapes, unused_parameters
-from cocoedit_jax.sharding.mesh import DATA, batch_sharding, make_mesh, replicated
+from cocoedit_jax.sharding.mesh import DATA, make_mesh
 from cocoedit_jax.sharding.rules import parameter_shardings
 
 CONFIG = AutoencoderQwenConfig(
@@ -86,17 +87,21 @@ def test_fresh_parameters_are_usable_and_replicated(params):
 
 def test_every_device_encodes_its_own_images(params):
     mesh, images = make_mesh({DATA: 4}), draw_images(8, 4, 6)
-    autoencoder = AutoencoderQwen(CONFIG, shards=4, attention_backend="xla")
-    shardings = replicated(mesh), batch_sharding(mesh)
-    encode = jax.jit(autoencoder.encode, in_shardings=shardings).lower(params, images).compile()
-    program = encode.as_text() or ""
+    autoencoder = AutoencoderQwen(CONFIG, attention_backend="xla")
+    split = jax.jit(
+        jax.shard_map(
+            autoencoder.encode,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(DATA)),
+            out_specs=PartitionSpec(DATA),
+        )
+    )
+    program = split.lower(params, images).compile().as_text() or ""
     assert "while" in program
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert collective not in program
-    out = encode(jax.device_put(params, shardings[0]), jax.device_put(images, shardings[1]))
-    assert out.sharding.is_equivalent_to(batch_sharding(mesh), out.ndim)
     expected = jax.jit(AutoencoderQwen(CONFIG, slice_size=8).encode)(params, images)
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(split(params, images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_image_size_is_checked(params):
@@ -105,8 +110,8 @@ def test_image_size_is_checked(params):
 
 
 def test_settings_are_checked():
-    with pytest.raises(UserError, match=r"AutoencoderQwen: 2 value(?s:.)*shards=0(?s:.)*tile_size=500.*32 px"):
-        AutoencoderQwen(shards=0, tile_size=500)
+    with pytest.raises(UserError, match=r"AutoencoderQwen: 2 value(?s:.)*slice_size=0(?s:.)*tile_size=500.*32 px"):
+        AutoencoderQwen(slice_size=0, tile_size=500)
 
 
 def write_model(folder, **changes):

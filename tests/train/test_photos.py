@@ -35,7 +35,11 @@ def photos(tmp_path):
     return folder
 
 
-def test_buckets_and_a_mesh_of_two_axes(tiny_base, photos, tmp_path, monkeypatch):
+# Sampling with the base whole on two pairs of devices, training with it split; the base moves between the two.
+PHASES = {"rollout.layout": "tensor:data=2,tensor=2", "train.layout": "fsdp_tensor:fsdp=2,tensor=2"}
+
+
+def test_buckets_and_phases_of_different_layouts(tiny_base, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(
         judges.JUDGES, "red", lambda: lambda rs: [JudgeScore(float(r.edited[..., 0].mean())) for r in rs]
     )
@@ -45,7 +49,7 @@ def test_buckets_and_a_mesh_of_two_axes(tiny_base, photos, tmp_path, monkeypatch
         "checkpoint.every": 4,
     }  # fmt: skip
     runs = {}
-    for name, mesh in (("one", {}), ("four", {"mesh.data": 2, "mesh.fsdp": 2})):
+    for name, mesh in (("one", {}), ("four", PHASES)):
         setup = build(tiny_config(tiny_base, photos, **settings, **mesh))
         assert {setup.framing.sizes[r.bucket] for r in setup.train_records} == {(48, 48), (32, 64)}
         result = train(setup, tmp_path / name)
@@ -55,6 +59,7 @@ def test_buckets_and_a_mesh_of_two_axes(tiny_base, photos, tmp_path, monkeypatch
         for key in ("reward/total", "train/loss", "train/gradient_norm", "samples/used"):
             assert four[key] == pytest.approx(one[key], rel=1e-3), key
         assert one["mfu/train"] > 0
+        assert four["seconds/reshard"] > 0 and "seconds/reshard" not in one
     for name, value in runs["one"][1]["trained"].items():
         assert runs["four"][1]["trained"][name]["mean"] == pytest.approx(value["mean"], rel=1e-3, abs=1e-4)
     # Records without a scene description are judged to be unedited by how little changed inside the mask.

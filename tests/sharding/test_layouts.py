@@ -1,0 +1,148 @@
+"""Sizes of named layouts, where they are refused, moves between them, and what is read from compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.qwen import QwenConfig
+from cocoedit_jax.sharding.base import Base
+from cocoedit_jax.sharding.collectives import collectives
+from cocoedit_jax.sharding.layouts import LAYOUTS, candidates, check_shape, layout_mesh, parse_layout
+from cocoedit_jax.sharding.mesh import AXES, batch_sharding, make_mesh, replicated, sample_shards
+from cocoedit_jax.sharding.rules import adapter_shardings, parameter_shardings
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "sizes"),
+    [
+        ("replicated", {}, (8, 1, 1, 1)),
+        ("fsdp", {}, (1, 8, 1, 1)),
+        ("fsdp", {"data": 2}, (2, 4, 1, 1)),
+        ("fsdp", {"data": -1, "fsdp": 2}, (4, 2, 1, 1)),
+        ("data_fsdp", {}, (2, 4, 1, 1)),
+        ("data_fsdp:fsdp=2", {}, (4, 2, 1, 1)),
+        ("tensor:tensor=4", {}, (2, 1, 1, 4)),
+        ("fsdp_tensor", {}, (1, 4, 1, 2)),
+        ("fsdp_tensor:tensor=4", {"tensor": 0, "data": 2}, (2, 1, 1, 4)),
+        ("fsdp_context", {}, (1, 4, 2, 1)),
+        ("replicated", {"data": 2, "fsdp": 2}, (2, 2, 1, 1)),  # the first four devices
+    ],
+)
+def test_sizes(layout, given, sizes):
+    mesh = layout_mesh(layout, given)
+    assert tuple(mesh.shape.values()) == sizes
+    assert sample_shards(mesh) == sizes[0] * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "given", "message"),
+    [
+        ("zero", {}, "config.mesh.layout='zero'; expected one of .*'fsdp_tensor'"),
+        ("fsdp:rows=2", {}, "'fsdp:rows=2'; expected"),
+        ("fsdp:fsdp=-1", {}, "'fsdp:fsdp=-1'; expected"),
+        ("fsdp_tensor:tensor=3", {}, "fsdp_tensor:tensor=3.*does not fit 8"),
+        ("fsdp", {"fsdp": 16}, "'fsdp'.*does not fit 8"),
+    ],
+)
+def test_refused(layout, given, message):
+    with pytest.raises(UserError, match=message):
+        layout_mesh(layout, given, field="config.mesh.layout")
+
+
+def test_heads_must_divide():
+    check_shape(layout_mesh("tensor:tensor=8"), QwenConfig(), "config.mesh")
+    with pytest.raises(UserError, match="config.mesh: 4 devices on the tensor axis.*2 attention heads"):
+        check_shape(layout_mesh("tensor:tensor=4"), QwenConfig(num_attention_heads=2), "config.mesh")
+
+
+@pytest.mark.parametrize("devices", [1, 4, 6, 8])
+def test_candidates_are_distinct_and_can_be_built(devices):
+    found = list(candidates(devices, heads=6))
+    assert len({tuple(sizes.values()) for _, sizes in found}) == len(found)
+    for text, sizes in found:
+        assert dict(layout_mesh(text, devices=jax.devices()[:devices]).shape) == sizes and set(sizes) == set(AXES)
+        assert 6 % sizes["tensor"] == 0
+    if devices == 8:
+        assert {parse_layout(text)[0].purpose for text, _ in found} == {layout.purpose for layout in LAYOUTS.values()}
+
+
+def boxed_tree():
+    box = lambda x, *names: nn.LogicallyPartitioned(jnp.asarray(x), names)  # noqa: E731
+    x = np.arange(8.0 * 16, dtype=np.float32).reshape(8, 16)
+    return {"w": box(x, "embed", "mlp"), "scale": box(np.ones(8, np.float32), None)}
+
+
+def test_the_base_moves_between_layouts_and_gives_up_the_old_placement():
+    abstract, first, second = boxed_tree(), layout_mesh("fsdp_tensor"), layout_mesh("replicated")
+    params = jax.device_put(nn.unbox(abstract), parameter_shardings(abstract, first))
+    assert params["w"].sharding.shard_shape((8, 16)) == (2, 8)
+    base = Base(params, abstract, first)
+    assert base.on(first) is params and base.on(make_mesh({"fsdp": 4, "tensor": 2})) is params
+    moved = base.on(second)
+    assert base.mesh == second and moved is base.params
+    assert moved["w"].sharding.is_fully_replicated and params["w"].is_deleted()
+    assert not moved["scale"].is_deleted()  # was whole everywhere, and still is
+    back = base.on(first)
+    assert back["w"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    np.testing.assert_array_equal(back["w"], nn.unbox(abstract)["w"])
+
+
+def test_adapters_are_split_by_their_longest_dimension():
+    mesh = layout_mesh("data_fsdp:fsdp=4")
+    tree = {"a": jnp.zeros((2, 12, 3)), "b": jnp.zeros((2, 3, 8)), "odd": jnp.zeros((3, 3)), "count": jnp.zeros(())}
+    specs = {k: s.spec for k, s in adapter_shardings(tree, mesh, sharded=True).items()}
+    assert specs["a"] == PartitionSpec(None, "fsdp", None) and specs["b"] == PartitionSpec(None, None, "fsdp")
+    assert not any(specs["odd"]) and not any(specs["count"])
+    assert all(s.is_fully_replicated for s in adapter_shardings(tree, mesh).values())
+
+
+def test_collectives_of_a_program():
+    """By axis and size, in loops and outside."""
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+    def run(x, w):
+        def layer(_, x):
+            return x + jax.lax.psum(x, "tensor")
+
+        x = jax.lax.fori_loop(0, 3, layer, x)
+        return jax.lax.psum(
+            jax.lax.all_gather(w, "fsdp", axis=0, tiled=True).sum().astype(x.dtype) + x, ("data", "fsdp")
+        )
+
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(PartitionSpec(("data", "fsdp")), PartitionSpec("fsdp")), out_specs=PartitionSpec(),
+        check_vma=False,
+    )  # fmt: skip
+    x = jax.device_put(jnp.ones((8, 5)), batch_sharding(mesh))
+    text = jax.jit(run).lower(x, jax.device_put(jnp.ones((4, 3), jnp.bfloat16), replicated(mesh))).compile().as_text()
+    found = {(c.kind, c.axes, c.bytes, c.in_loop) for c in collectives(text or "", mesh)}
+    assert found == {
+        ("all-reduce", ("tensor",), 2 * 5 * 4, True),
+        ("all-gather", ("fsdp",), 4 * 3 * 2, False),
+        ("all-reduce", ("data", "fsdp"), 2 * 5 * 4, False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("replica_groups={}", ("data", "fsdp", "tensor")),
+        ("replica_groups=[4,2]<=[8]", ("tensor",)),
+        ("replica_groups=[4,2]<=[4,2]T(1,0)", ("data",)),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ("data", "tensor")),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", ("data", "fsdp")),
+        ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", ("fsdp",)),
+    ],
+)
+def test_device_groups(groups, axes):
+    kind = "collective-permute" if "pairs" in groups else "all-reduce"
+    text = (
+        f"ENTRY %main (p: f32[3]) -> f32[3] {{\n  %r = f32[3]{{0}} {kind}(%p), channel_id=1, {groups}, to_apply=%a\n}}"
+    )
+    (found,) = collectives(text, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert found.axes == axes and found.bytes == 12 and not found.in_loop

@@ -1,0 +1,129 @@
+"""Every layout computes what one device does, holds what it promises, and reduces gradients once."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from cocoedit_jax.sharding.collectives import collectives
+from cocoedit_jax.sharding.mesh import DATA, FSDP, SAMPLE_AXES, TENSOR
+from cocoedit_jax.sharding.rules import RULES
+from tests.train.layout_cases import Case, rollout, step
+
+BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+# Those that are not slow cover every axis, model and remat policy.
+FAST = {("flux", "fsdp_tensor"), ("qwen", "fsdp"), ("flux", "fsdp_context"), ("qwen", "data_fsdp")}
+LAYOUTS = ("replicated", "fsdp", "data_fsdp", "tensor", "fsdp_tensor", "fsdp_context", "fsdp_tensor:tensor=2,context=2")
+CASES = [
+    pytest.param(model, layout, id=f"{model}-{layout}", marks=() if (model, layout) in FAST else pytest.mark.slow)
+    for model in ("flux", "qwen")
+    for layout in LAYOUTS
+]
+
+
+def assert_close(ours, reference, name=""):
+    """To 1e-5 of the largest number in each array."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(), 1e-6), err_msg=name)
+
+
+def same_step(case: Case, reference: Case) -> None:
+    (new, metrics, finite), (expected, expected_metrics, _) = case.results, reference.results
+    assert all(jax.tree.leaves(finite)) and expected_metrics["kl"] > 0
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+    # Adam's first moment after one step is the gradient; the weights it has scaled.
+    assert_close(new.opt_state[1][0].mu, expected.opt_state[1][0].mu, "gradient")
+
+
+def in_bytes(tree, placed: bool) -> int:
+    shape = lambda x: x.sharding.shard_shape(x.shape) if placed else x.shape  # noqa: E731
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.dtype == np.float32)
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_a_layout_computes_what_one_device_does(model, layout):
+    same_step(step(model, layout), step(model, "one"))
+    (x0, images), (expected_x0, expected_images) = rollout(model, layout).results, rollout(model, "one").results
+    assert_close(x0, expected_x0, "latents")
+    assert_close(images, expected_images, "images")
+    assert np.ptp(expected_images) > 0.5
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_a_layout_holds_what_it_promises(model, layout):
+    case = step(model, layout)
+    state, params, batch, _ = case.inputs
+    share = case.mesh.shape[FSDP] * case.mesh.shape[TENSOR]
+    kernels = [
+        (path, x)
+        for path, x in jax.tree_util.tree_leaves_with_path(params["transformer"])
+        if path[0].key in BLOCKS and path[-1].key == "kernel" and "norm" not in str(path)
+    ]
+    for path, kernel in kernels:
+        assert math.prod(kernel.sharding.shard_shape(kernel.shape)) * share == kernel.size, path
+    samples = math.prod(case.mesh.shape[axis] for axis in SAMPLE_AXES)
+    assert in_bytes(batch, placed=True) * samples == in_bytes(batch, placed=False)
+    memory = case.program.memory_analysis()
+    assert memory is not None
+    held = in_bytes((state, params["transformer"], batch), placed=True)
+    assert held <= memory.argument_size_in_bytes <= 1.05 * held + 4096
+    # Nowhere in the programs is a stack of weights whole, unless every device holds it.
+    for text in (case.program.as_text() or "", rollout(model, layout).program.as_text() or ""):
+        for path, kernel in kernels:
+            shape = ",".join(map(str, kernel.shape))
+            assert (f"f32[{shape}]" in text) == (share == 1), path
+
+
+def reductions_of_samples(case: Case):
+    return [c for c in exchanges(case) if c.kind in ("all-reduce", "reduce-scatter") and set(c.axes) & set(SAMPLE_AXES)]
+
+
+def exchanges(case: Case):
+    return collectives(case.program.as_text() or "", case.mesh)
+
+
+def check_one_reduction(case: Case) -> None:
+    """Nothing is summed over the axes of samples in a loop; outside, every gradient once, and some scalars."""
+    reductions = reductions_of_samples(case)
+    assert not [c for c in reductions if c.in_loop]
+    gradients = sum(x.size for x in jax.tree.leaves(case.inputs[0].theta))
+    summed = sum(math.prod(shape) for c in reductions for shape in c.shapes)
+    assert gradients <= summed < gradients + 200
+    for c in exchanges(case):
+        if c.in_loop and set(c.axes) & set(SAMPLE_AXES):  # fetching weights
+            assert c.kind == "all-gather" and c.axes == (FSDP,), c
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_gradients_are_reduced_once(model, layout):
+    case = step(model, layout)
+    check_one_reduction(case)
+    fetched = [c for c in exchanges(case) if c.kind == "all-gather" and c.in_loop and FSDP in c.axes]
+    assert bool(fetched) == (case.mesh.shape[FSDP] > 1)
+    # In sampling, nothing else crosses the axes of samples.
+    for c in exchanges(rollout(model, layout)):
+        assert not set(c.axes) & set(SAMPLE_AXES) or (c.kind, c.axes) == ("all-gather", (FSDP,)), c
+
+
+def test_sharded_adapters_give_the_same_step():
+    case, reference = step("qwen", "fsdp", sharded=True), step("qwen", "one")
+    same_step(case, reference)
+    state, whole = case.inputs[0], step("qwen", "fsdp").inputs[0]
+    assert in_bytes(state, placed=True) < 0.2 * in_bytes(whole, placed=True)
+    assert in_bytes(state, placed=False) == in_bytes(whole, placed=False)
+    assert not [c for c in reductions_of_samples(case) if c.in_loop]
+
+
+@pytest.mark.slow
+def test_ring_attention_gives_the_same_step():
+    case = step("qwen", "fsdp_context", attention="ring")
+    same_step(case, step("qwen", "one"))
+    check_one_reduction(case)
+    assert any(c.kind == "collective-permute" and c.axes == ("context",) for c in exchanges(case))
+
+
+def test_every_axis_of_the_rules_is_covered():
+    """A new axis that splits weights needs a layout above."""
+    assert set(RULES.values()) <= {None, FSDP, TENSOR} and set(SAMPLE_AXES) == {DATA, FSDP}

@@ -121,6 +121,8 @@ def parse_topology(text: str) -> Topology:
         numbers = shapes[chips]
     if len(numbers) != chip.dims or not all(numbers):
         example = "x".join(map(str, _SHAPES[chip.dims][8]))
-        raise UserError(f"--topology={text}: {family} has {chip.dims} dimensions; expected for example {family}:{example}")
+        raise UserError(
+            f"--topology={text}: {family} has {chip.dims} dimensions; expected for example {family}:{example}"
+        )
     name = f"{family}:{'x'.join(map(str, numbers))}"
     return Topology(name, family, math.prod(numbers) * chip.cores)

@@ -186,7 +186,9 @@ def measured_rows(
     return rows
 
 
-def _first_run(make: Callable[[], Program], held: dict[tuple[int, str], Program]) -> tuple[dict[str, Any], Program | None]:
+def _first_run(
+    make: Callable[[], Program], held: dict[tuple[int, str], Program]
+) -> tuple[dict[str, Any], Program | None]:
     """What became of a program, and the program if it may stay beside those that are ``held``."""
     error: Exception | None = None
     for alone in (False, True):

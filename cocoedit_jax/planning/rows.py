@@ -74,8 +74,12 @@ def finish(row: Row, workload: Workload) -> Row:
 
 
 def planned_rows(
-    workload: Workload, candidates: Sequence[Candidate], topology: Topology, cache: Cache,
-    phases: Sequence[str] = PHASES, lower: Any = None,
+    workload: Workload,
+    candidates: Sequence[Candidate],
+    topology: Topology,
+    cache: Cache,
+    phases: Sequence[str] = PHASES,
+    lower: Any = None,
 ) -> list[Row]:
     """A row for every candidate on ``topology``; the compiler is asked once for each program, ever (``cache``).
 
@@ -96,7 +100,9 @@ def planned_rows(
                     found = cache.get(key)
                     if found is None:
                         devices = load_topology(topology) if devices is None else devices
-                        found = compile_phase(workload, candidate, phase, devices, **({"lower": lower} if lower else {}))
+                        found = compile_phase(
+                            workload, candidate, phase, devices, **({"lower": lower} if lower else {})
+                        )
                         cache.put(key, found)
                 row["phases"][phase] = predicted_phase(workload, candidate, topology, phase, found)
                 bar.update(1)
@@ -114,9 +120,7 @@ def recommend(rows: Sequence[Row]) -> Row:
     """
     usable = [row for row in rows if row["fits"] and "step_seconds" in row]
     if not usable:
-        needs = [
-            (max(p.get("over") or math.inf for p in row["phases"].values() if not p["fits"]), row) for row in rows
-        ]
+        needs = [(max(p.get("over") or math.inf for p in row["phases"].values() if not p["fits"]), row) for row in rows]
         over, closest = min(needs, key=lambda pair: pair[0], default=(math.inf, None))
         hint = ""
         if closest is not None and math.isfinite(over):

@@ -10,6 +10,9 @@ VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / "cocoedit_jax/__init__.py"
 
 JUDGE = ["starlette>=1.0,<2", "uvicorn>=0.54,<1", "pydantic>=2.11,<3", "prometheus_client>=0.22,<1"]
 BRIDGE = ["diffusers>=0.42,<0.43", "transformers>=5.23,<6", "peft>=0.21,<0.22", "accelerate>=1.15,<2"]
+SKIMAGE = "scikit-image>=0.26,<0.27"
+RAY = "ray[data]>=2.50,<3"
+PARQUET = "pyarrow>=21,<27"  # OmniEdit and ImgEdit come in such files
 
 setup(
     name="cocoedit-jax",
@@ -20,7 +23,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cocoedit_jax*", "launch*", "torch_bridge*"]) + ["configs"],
-    package_data={"cocoedit_jax": ["assets/**/*", "rewards/prompts/*"]},
+    package_data={"cocoedit_jax": ["assets/**/*", "rewards/prompts/*", "annotation/prompts/*"]},
     install_requires=[
         # flax up to 0.12.8 subclasses a class that jax 0.11 no longer has.
         "jax>=0.10.2,<0.11",
@@ -37,6 +40,7 @@ setup(
         "numpy>=2.0,<3",
         "matplotlib>=3.11,<4",
         "pillow>=12",
+        "scipy>=1.13,<2",
         "safetensors>=0.5",
         "tensorboardX>=2.6.2.2,<3",
         "tqdm>=4.66",
@@ -45,13 +49,19 @@ setup(
         "cuda": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "annotate": [SKIMAGE],  # the segmenter random-walker
+        "ray": [RAY],
+        # Where this fetches a second PyTorch or fails to build, see the README.
+        "sam2": ["torch>=2.13,<2.14", "torchvision>=0.28,<0.29", "sam2>=1.1,<2"],
+        "parquet": [PARQUET],
         "bridge": ["torch>=2.13,<2.14", *BRIDGE],
         "judge": JUDGE,
         "test": [
             "pytest>=9,<10",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
-            "scikit-image>=0.26",
+            SKIMAGE,
+            PARQUET,
             "torch==2.13.0",  # parity and golden numbers are compared to the last digits
             *BRIDGE,
             *JUDGE,

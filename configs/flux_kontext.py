@@ -11,6 +11,7 @@ step; at 512 px a sample costs 31.4 TFLOP per forward pass. Expected result (pap
 from ml_collections import ConfigDict
 
 from cocoedit_jax.nft.presets import preset
+from configs.vlm_judge import vlm_judge
 
 # What the released Kontext configuration has besides the preset.
 RELEASED = {
@@ -71,23 +72,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
 
     config.judge = ConfigDict()
     config.judge.name = "vlm"  # a registered judge, or MODULE:NAME of your own (CONTRIBUTING.md, "Add a judge")
-    config.judge.vlm = ConfigDict()  # a vision-language model: python -m launch.serve_judge, or any vLLM
-    config.judge.vlm.endpoints = "http://127.0.0.1:8000/v1"  # base URLs, separated by commas
-    config.judge.vlm.model = ""  # name on the servers; empty: the only one that they have
-    config.judge.vlm.template = "edit_r1" if name == "edit-r1" else "cocoedit"  # also two_question, or a .json file
-    config.judge.vlm.concurrency = 32  # requests under way at once, over all endpoints
-    config.judge.vlm.timeout_s = 60.0  # seconds for one attempt
-    config.judge.vlm.step_deadline_s = 600.0  # seconds from drawing a batch of edits to giving up its missing scores
-    config.judge.vlm.start_deadline_s = 60.0  # seconds for the servers to answer before the run starts
-    config.judge.vlm.image_format = "png"  # png, jpeg
-    config.judge.vlm.jpeg_quality = 95  # 95 to 100
-    config.judge.vlm.cache_dir = "runs/judge_cache"  # judgements by content, shared by runs; empty: none on disk
-    config.judge.vlm.key_env = ""  # environment variable that holds the API key
-    config.judge.vlm.key_file = ""  # or a file that does
-    config.judge.vlm.canary_every = 50  # steps between checks with pictures whose order is known; 0: at the start only
-    config.judge.vlm.canary_margin = 0.05  # how much better the good ones must score; negative: no such checks
-    config.judge.vlm.min_mass = 0.5  # an answer with less probability on the digits 0 to 5 is no score
-    config.judge.vlm.digit_token_ids = ()  # ids of the tokens 0 to 5 for servers with logprob_token_ids; empty: Qwen's
+    config.judge.vlm = vlm_judge()
 
     config.mesh = ConfigDict()  # how work is split over devices
     config.mesh.layout = "replicated"  # replicated, fsdp, data_fsdp, tensor, fsdp_tensor, fsdp_context

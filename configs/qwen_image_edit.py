@@ -1,7 +1,7 @@
 """Post-trains Qwen-Image-Edit-2509 on a CoCoEdit-40K-style folder, with the released hyperparameters.
 
     python -m launch.prepare_data --encode=qwen --model=Qwen/Qwen-Image-Edit-2509 --out=DATA --resolution=512
-    python -m launch.train --config=configs/qwen_image_edit.py --config.data.path=DATA --config.judge.name=MODULE:JUDGE
+    python -m launch.train --config=configs/qwen_image_edit.py --config.data.path=DATA --config.judge.vlm.endpoints=URL
 
 Presets as in the quickstart: configs/qwen_image_edit.py:cocoedit-official and so on. The first Qwen-Image-Edit trains
 with the same file (--config.model.path says which model), 2511 with configs/qwen_image_edit_2511.py. 24 groups of 12
@@ -12,6 +12,7 @@ score 7.560 -> 7.754, PSNR outside the mask 19.49 -> 22.28 dB; not reproduced ye
 from ml_collections import ConfigDict
 
 from cocoedit_jax.nft.presets import preset
+from configs.vlm_judge import vlm_judge
 
 # What the released Qwen-Image-Edit configuration has besides the preset.
 _STRENGTHS = {"lambda_ner": 0.8, "lambda_er": 0.5}
@@ -73,7 +74,8 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.algorithm.update(RELEASED.get(name, {}))
 
     config.judge = ConfigDict()
-    config.judge.name = ""  # a registered judge, or MODULE:NAME of your own (CONTRIBUTING.md, "Add a judge")
+    config.judge.name = "vlm"  # a registered judge, or MODULE:NAME of your own (CONTRIBUTING.md, "Add a judge")
+    config.judge.vlm = vlm_judge()
 
     config.mesh = ConfigDict()  # how work is split over devices
     config.mesh.layout = "replicated"  # replicated, fsdp, data_fsdp, tensor, fsdp_tensor, fsdp_context
@@ -94,5 +96,5 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.checkpoint.every = 30  # optimizer steps
     config.checkpoint.keep = 2
 
-    config.max_unscored = 0.5  # stop when more than this share of a step's samples could not be scored
+    config.max_unscored = 0.1  # stop when more than this share of a step's samples could not be scored
     return config

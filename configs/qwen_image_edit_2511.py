@@ -2,7 +2,7 @@
 
     python -m launch.prepare_data --encode=qwen --model=Qwen/Qwen-Image-Edit-2511 --out=DATA --resolution=512
     python -m launch.train --config=configs/qwen_image_edit_2511.py --config.data.path=DATA \\
-        --config.judge.name=MODULE:JUDGE
+        --config.judge.vlm.endpoints=URL
 
 Expected result: unknown; nobody has published one.
 """

@@ -1,9 +1,13 @@
-"""Makes, checks or encodes a data folder, one at a time:
+"""Makes, unpacks, checks, encodes, packs or cleans a data folder, one at a time:
 
 python -m launch.prepare_data --source=scenes --out=DIR
+python -m launch.prepare_data --source=cocoedit-40k --from=DOWNLOAD --out=DIR
+python -m launch.prepare_data --source=omniedit --from=DOWNLOAD --out=DIR    # or imgedit: for launch.annotate
 python -m launch.prepare_data --check=DIR
 python -m launch.prepare_data --encode=flux --model=MODEL_DIR --out=DIR
 python -m launch.prepare_data --encode=qwen --model=MODEL_DIR --out=DIR --resolution=512 --crop=center
+python -m launch.prepare_data --dedupe=DIR --near=4 --out=NEW
+python -m launch.prepare_data --pack=DIR --out=NEW
 """
 
 from absl import flags
@@ -11,17 +15,37 @@ from absl import flags
 from cocoedit_jax.errors import UserError
 from launch import command
 
-_SOURCE = flags.DEFINE_enum("source", "scenes", ["scenes"], "What to make: procedural editing scenes.")
+_SOURCE = flags.DEFINE_enum(
+    "source",
+    "scenes",
+    ["scenes", "cocoedit-40k", "omniedit", "imgedit"],
+    "What to make: procedural editing scenes, or a published data set, unpacked from --from.",
+)
+_FROM = flags.DEFINE_string("from", None, "With a published data set: the folder (or file) it was downloaded to.")
+_PARTIAL = flags.DEFINE_boolean(
+    "partial", False, "With --from: leave out records whose files are not there, instead of refusing."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder to write; holds metadata.jsonl, images/ and masks/ afterwards.")
-_NUM = flags.DEFINE_integer("num", 2000, "Number of records.", lower_bound=1)
-_SIZE = flags.DEFINE_integer("size", 48, "Image side in pixels, an even number.", lower_bound=16)
+_NUM = flags.DEFINE_integer("num", 2000, "Number of scenes.", lower_bound=1)
+_SIZE = flags.DEFINE_integer("size", 48, "Side of scenes in pixels, an even number.", lower_bound=16)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random scenes.", lower_bound=0)
-_OPERATIONS = flags.DEFINE_list("operations", [], "Edit types to draw from (comma separated; all if empty).")
+_OPERATIONS = flags.DEFINE_list("operations", [], "Edit types of scenes to draw from (comma separated; all if empty).")
 _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace a data folder that exists already.")
-_CHECK = flags.DEFINE_string("check", None, "Do not write; check this folder as training would and print a summary.")
+_CHECK = flags.DEFINE_string("check", None, "Do not write; check this folder as training would and print a report.")
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", 512, "With --check and --encode=qwen: training size in pixels.", lower_bound=1
 )
+_ROWS = flags.DEFINE_integer("rows", 20, "With --check: rows of each table; 0 for all.", lower_bound=0)
+_DEDUPE = flags.DEFINE_string("dedupe", None, "Data folder to copy to --out without repeated records.")
+_NEAR = flags.DEFINE_integer(
+    "near",
+    None,
+    "With --check and --dedupe: pictures also count as the same when their 64-bit difference hashes differ in at most"
+    " so many bits (and their colours agree); try 4. Not given: only equal files do.",
+    lower_bound=0,
+    upper_bound=16,
+)
+_PACK = flags.DEFINE_string("pack", None, "Data folder to pack into ArrayRecord files in --out, for training.")
 _CROP = flags.DEFINE_enum(
     "crop", "center", ["center", "buckets"], "With --check and --encode=qwen: how images are framed in training."
 )
@@ -47,34 +71,45 @@ _DTYPE = flags.DEFINE_enum(
     ["auto", "bfloat16", "float32"],
     "With --encode: auto is the cache's own, for a new one bfloat16 on a GPU and float32 on a CPU.",
 )
-# Flags that say something only together with the mode they belong to.
-_MAKING = (_SOURCE, _NUM, _SIZE, _SEED, _OPERATIONS, _OVERWRITE)
-_FRAMING = (_RESOLUTION, _CROP)
-_ENCODING = (_MODEL, _MAX_LENGTH, _BATCH, _DTYPE, _GROUPS)
+# Which flags say something in which mode; all others are refused there.
+_SCENES = (_NUM, _SIZE, _SEED, _OPERATIONS)
+_MODES = {
+    "--encode=flux": (_ENCODE, _OUT, _MODEL, _BATCH, _DTYPE, _MAX_LENGTH),
+    "--encode=qwen": (_ENCODE, _OUT, _MODEL, _BATCH, _DTYPE, _RESOLUTION, _CROP, _GROUPS),
+    "--check": (_CHECK, _RESOLUTION, _CROP, _ROWS, _NEAR),
+    "--dedupe": (_DEDUPE, _OUT, _NEAR, _OVERWRITE),
+    "--pack": (_PACK, _OUT, _OVERWRITE),
+    "--from": (_SOURCE, _FROM, _PARTIAL, _OUT, _OVERWRITE),
+    "making data": (_SOURCE, _OUT, *_SCENES, _OVERWRITE),
+}
 
 
 def main(argv: list[str]) -> None:
-    out, model = _OUT.value, _MODEL.value
-    if (out is None) == (_CHECK.value is None):
-        raise UserError("give exactly one of --out=DIR (make data, or encode it) and --check=DIR (check data)")
-    if _ENCODE.value is not None:
-        others = (_MAX_LENGTH,) if _ENCODE.value == "qwen" else (*_FRAMING, _GROUPS)
-        _refuse(_CHECK, *_MAKING, *others, mode=f"--encode={_ENCODE.value}")
-        if model is None:
-            raise UserError("--encode needs --model=MODEL_DIR, the folder of the text encoders")
-    elif _CHECK.value is not None:
-        _refuse(*_ENCODING, mode="--check")
+    mode = _mode()
+    _refuse(mode)
+    out = _OUT.value or ""
+    if mode.startswith("--encode"):
+        print(_encode(out, _MODEL.value or ""))
+    elif mode == "--check":
+        from cocoedit_jax.data.check import check_folder
+
+        print(check_folder(_CHECK.value or "", _RESOLUTION.value, _CROP.value, rows=_ROWS.value, near=_NEAR.value))
+    elif mode == "--dedupe":
+        from cocoedit_jax.data.dedupe import dedupe_folder
+
+        print(dedupe_folder(_DEDUPE.value or "", out, threshold=_NEAR.value, overwrite=_OVERWRITE.value))
+    elif mode == "--pack":
+        from cocoedit_jax.data.pack_writer import pack_folder
+
+        print(pack_folder(_PACK.value or "", out, overwrite=_OVERWRITE.value))
+    elif mode == "--from":
+        from cocoedit_jax.annotation.sources import unpack_source
+
+        source = _FROM.value or ""
+        print(unpack_source(_SOURCE.value, source, out, partial=_PARTIAL.value, overwrite=_OVERWRITE.value))
     else:
-        _refuse(*_FRAMING, *_ENCODING, mode="making data")
+        from cocoedit_jax.data import prepare
 
-    if _ENCODE.value is not None and out is not None and model is not None:
-        print(_encode(out, model))
-        return
-    from cocoedit_jax.data import prepare
-
-    if _CHECK.value is not None:
-        print(prepare.check_folder(_CHECK.value, _RESOLUTION.value, _CROP.value))
-    elif out is not None:
         num, size, seed = _NUM.value, _SIZE.value, _SEED.value
         folder = prepare.write_scenes(out, num, size, seed, operations=_OPERATIONS.value, overwrite=_OVERWRITE.value)
         print(f"{num} records of {size}x{size} px in {folder}")
@@ -97,8 +132,27 @@ def _encode(out: str, model: str) -> str:
     )
 
 
-def _refuse(*given: flags.FlagHolder, mode: str) -> None:
-    names = ", ".join(f"--{flag.name}" for flag in given if flag.present)
+def _mode() -> str:
+    chosen = [f"--{flag.name}" for flag in (_ENCODE, _CHECK, _DEDUPE, _PACK) if flag.value is not None]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: one at a time")
+    if chosen != ["--check"] and _OUT.value is None:
+        raise UserError("give --out=DIR (what to write), or --check=DIR (check data)")
+    if chosen:
+        if chosen == ["--encode"] and _MODEL.value is None:
+            raise UserError("--encode needs --model=MODEL_DIR, the folder of the text encoders")
+        return f"--encode={_ENCODE.value}" if chosen == ["--encode"] else chosen[0]
+    if _FROM.value is not None and _SOURCE.value == "scenes":
+        raise UserError("--from: name what it holds with --source=cocoedit-40k, omniedit or imgedit")
+    if _FROM.value is None and _SOURCE.value != "scenes":
+        raise UserError(f"--source={_SOURCE.value} needs --from=FOLDER, where it was downloaded to")
+    return "making data" if _FROM.value is None else "--from"
+
+
+def _refuse(mode: str) -> None:
+    used = {flag.name for flag in _MODES[mode]}
+    present = {flag.name: None for others in _MODES.values() for flag in others if flag.present}  # in order
+    names = ", ".join(f"--{name}" for name in present if name not in used)
     if names:
         raise UserError(f"{names}: not used with {mode}; see --help")
 

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
         from cocoedit_jax.models.hub import resolve_model
         from torch_bridge.judge_server.qwen import QwenModel
 
-        serve(QwenModel(resolve_model(_MODEL.value), dtype=_DTYPE.value, device=_DEVICE.value), settings, options)
+        serve(QwenModel(resolve_model(_MODEL.value or ""), dtype=_DTYPE.value, device=_DEVICE.value), settings, options)
 
 
 if __name__ == "__main__":

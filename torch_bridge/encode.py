@@ -63,7 +63,7 @@ def cache_text(
         _, record = by_key[entry_key(kind, instruction)]
         try:
             assert framing is not None
-            pixels, _, _ = load_pair(record.image, record.mask, framing, record.bucket)
+            pixels, _, _ = load_pair(*record.files(), framing, record.bucket)
         except DataFault as fault:
             raise UserError(f"record {record.id!r} (line {record.line}): {fault.kind}: {fault}") from fault
         return replace(instruction, pixels=pixels)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from cocoedit_jax.errors import UserError
 
-__all__ = ["DataFault", "Framing", "as_rgb", "crop_box", "load_pair", "make_buckets", "nearest_bucket"]
+__all__ = [
+    "DataFault",
+    "Framing",
+    "ImageFile",
+    "as_rgb",
+    "crop_box",
+    "load_image",
+    "load_pair",
+    "make_buckets",
+    "nearest_bucket",
+]
 
 KEEP_THRESHOLD = 128  # mask values from here on (of 255) mean "keep"
 _EXIF_ORIENTATION = 0x0112
@@ -35,6 +47,17 @@ class DataFault(ValueError):
     def __init__(self, kind: str, message: str):
         super().__init__(message)
         self.kind = kind
+
+
+class ImageFile(Protocol):
+    """What is read of an image or mask file: a `Path`, or a file inside a packed folder (packed.py)."""
+
+    @property
+    def name(self) -> str: ...
+
+    def is_file(self) -> bool: ...
+
+    def read_bytes(self) -> bytes: ...
 
 
 def make_buckets(resolution: int, divisor: int = 16, max_aspect: float = 2.0) -> tuple[tuple[int, int], ...]:
@@ -100,7 +123,7 @@ class Framing:
 
 
 def load_pair(
-    image_path: Path, mask_path: Path, framing: Framing, bucket: int | None = None
+    image_path: ImageFile, mask_path: ImageFile, framing: Framing, bucket: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Image float32 [h, w, 3] in [0, 1], edit mask float32 [h, w] (exactly 0 or 1; 1 = may change), bucket number.
 
@@ -108,12 +131,7 @@ def load_pair(
     mask that fits only the unrotated image is turned with it. Transparency is put on white. The mask may have another
     size than the image if its aspect ratio is the same. Raises DataFault.
     """
-    with _opened(image_path, "image") as file:
-        turn = _UPRIGHT.get(file.getexif().get(_EXIF_ORIENTATION, 1))
-        stored_size = file.size
-        image = as_rgb(file)
-    if turn is not None:
-        image = image.transpose(turn)
+    image, turn, stored_size = _load_upright(image_path)
     with _opened(mask_path, "mask") as file:
         mask_turn = _UPRIGHT.get(file.getexif().get(_EXIF_ORIENTATION, 1))
         mask = _as_gray(file)
@@ -136,13 +154,27 @@ def load_pair(
     return np.asarray(pixels, np.float32) / np.float32(255), edit_mask, bucket
 
 
+def load_image(path: ImageFile) -> Image.Image:
+    """The RGB picture as `load_pair` sees it, at its full size. Raises DataFault."""
+    return _load_upright(path)[0]
+
+
+def _load_upright(path: ImageFile) -> tuple[Image.Image, Image.Transpose | None, tuple[int, int]]:
+    """The upright RGB picture, how it was turned, and its (width, height) as stored."""
+    with _opened(path, "image") as file:
+        turn = _UPRIGHT.get(file.getexif().get(_EXIF_ORIENTATION, 1))
+        stored_size = file.size
+        image = as_rgb(file)
+    return image if turn is None else image.transpose(turn), turn, stored_size
+
+
 @contextmanager
-def _opened(path: Path, role: str) -> Iterator[Image.Image]:
+def _opened(path: ImageFile, role: str) -> Iterator[Image.Image]:
     """Open and fully decode. Pillow's decoders raise errors of many types on damaged files, hence the broad clause."""
     if not path.is_file():
         raise DataFault("missing file", f"{role} {path} does not exist")
     try:
-        with Image.open(path) as file:
+        with Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes())) as file:
             file.load()
             yield file
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -1,4 +1,4 @@
-"""Writes data folders in the CoCoEdit-40K layout, all or nothing, and checks existing ones."""
+"""Writes data folders in the CoCoEdit-40K layout, all or nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cocoedit_jax.data.images import Framing
-from cocoedit_jax.data.records import METADATA, TEXT_CACHE, read_records
+from cocoedit_jax.data.images import ImageFile
+from cocoedit_jax.data.packed import PACK
+from cocoedit_jax.data.records import METADATA, TEXT_CACHE
 from cocoedit_jax.data.scenes import OPERATIONS, render_batch, sample_specs
 from cocoedit_jax.errors import UserError
 
 _CHUNK = 256
-_OWN_ENTRIES = {METADATA, "images", "masks"}
+# What a folder of ours holds: records to train on, or instructions to annotate (annotation/sources).
+_OWN_ENTRIES = {METADATA, "prompts.jsonl", "left_out.jsonl", "duplicates.jsonl", "images", "masks", PACK}
 
 
 def write_scenes(
@@ -79,18 +81,38 @@ def write_folder(out: Path, fill: Callable[[Path], None], *, overwrite: bool = F
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             fill(fresh)
-            old = Path(scratch) / "old"
-            if out.exists():
-                out.rename(old)
-            try:
-                fresh.rename(out)
-            except OSError:
-                if old.exists():
-                    old.rename(out)
-                raise
+            _put(fresh, out, Path(scratch) / "old")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from error
     return out
+
+
+def resume_folder(out: Path, fill: Callable[[Path], None], *, overwrite: bool = False) -> Path:
+    """As `write_folder`, but what `fill` has written stays in `.NAME.partial` when it fails, and it finds that folder
+    again when called anew.
+    """
+    _refuse_foreign(out, overwrite)
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        fill(partial)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            _put(partial, out, Path(scratch) / "old")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error}; what is done so far is kept in {partial}") from error
+    return out
+
+
+def _put(fresh: Path, out: Path, old: Path) -> None:
+    """Renames `fresh` to `out`; what was there goes to `old`, and comes back should that fail."""
+    if out.exists():
+        out.rename(old)
+    try:
+        fresh.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
 
 
 def _refuse_foreign(out: Path, overwrite: bool) -> None:
@@ -104,26 +126,24 @@ def _refuse_foreign(out: Path, overwrite: bool) -> None:
     foreign = [name for name in entries if name not in _OWN_ENTRIES]
     if entries and not overwrite:
         raise UserError(f"{out}: the folder is not empty; give another name, or --overwrite to replace it")
-    if foreign or (entries and METADATA not in entries):
+    if foreign or (entries and not {METADATA, "prompts.jsonl"} & set(entries)):
         # Overwriting deletes the folder, so only one that this program could have written qualifies.
         raise UserError(
             f"{out}: will not be replaced: {', '.join(foreign[:3]) or 'its content'} does not belong to a data folder"
         )
 
 
-def check_folder(root: Path | str, resolution: int, crop: str = "center", limit: int = 20) -> str:
-    """The summary of `read_records` with a progress bar; raises UserError with the summary if anything is wrong."""
-    with tqdm(unit="record") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = read_records(root, Framing(resolution, crop), limit=limit, progress=progress)
-    lines = [found.summary(limit)]
-    if crop == "buckets":
-        for number, (height, width) in enumerate(found.framing.sizes):
-            count = sum(record.bucket == number for record in found.records)
-            if count:
-                lines.append(f"  {width}x{height} px: {count} records")
-    return "\n".join(lines)
+def place_file(file: ImageFile, target: Path) -> None:
+    """The content of `file` at `target`, whole or not at all: as a hard link where the file system has them."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        return
+    if isinstance(file, Path):
+        try:
+            target.hardlink_to(file.resolve())
+            return
+        except OSError:  # another disk, or no links there
+            pass
+    draft = target.with_name(f"{target.name}.tmp")
+    draft.write_bytes(file.read_bytes())
+    draft.replace(target)

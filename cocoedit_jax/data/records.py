@@ -1,7 +1,8 @@
 """Editing records in the CoCoEdit-40K layout, checked as a whole before training.
 
 DIR/metadata.jsonl holds one JSON object per line: `prompt`, `image`, `mask` (paths relative to DIR; mask white = keep),
-optionally `id` and `edit_type`; all other fields pass through as `extra`.
+optionally `id`, `edit_type` and `source_group` (see `split_records`); all other fields pass through as `extra`. The
+files may also lie packed in DIR/packed/, see packed.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from cocoedit_jax.data.images import DataFault, Framing, load_pair, nearest_bucket
+from cocoedit_jax.data.images import DataFault, Framing, ImageFile, load_pair, nearest_bucket
+from cocoedit_jax.data.packed import Pack, is_packed
 from cocoedit_jax.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -28,7 +30,12 @@ _KNOWN_FIELDS = ("id", "prompt", "image", "mask", "edit_type")
 
 @dataclass(frozen=True)
 class Record:
-    """One editing task. `bucket` indexes `Framing.sizes`; `line` counts from 1 in the metadata file."""
+    """One editing task. `bucket` indexes `Framing.sizes`; `line` counts from 1 in the metadata file.
+
+    image, mask: where the files lie, or lay before they were packed; read them through `files`.
+    image_sha256, edit_area: set by `read_records`: hash of the image file, and the share of the framed picture that
+        may change.
+    """
 
     id: str
     prompt: str
@@ -39,6 +46,16 @@ class Record:
     line: int = 0
     bucket: int = 0
     image_name: str = ""  # path relative to the folder, POSIX
+    image_sha256: str = ""
+    edit_area: float = 0.0
+    pack: Pack | None = field(default=None, repr=False, compare=False)
+
+    def files(self) -> tuple[ImageFile, ImageFile]:
+        """Image and mask, to be read."""
+        if self.pack is None:
+            return self.image, self.mask
+        entry = self.pack.entry(self.line - 1)
+        return entry.file("image", self.image.name), entry.file("mask", self.mask.name)
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,25 @@ def read_records(
     With crop="buckets", buckets of fewer than `min_bucket_records` records are given up and their records take the
     nearest other bucket. `progress(done, total)` is called as records are checked.
     """
+    found = examine_records(
+        root, framing, min_bucket_records=min_bucket_records, num_threads=num_threads, progress=progress
+    )
+    if found.faults and (strict or not found.records):
+        raise UserError(found.summary(limit))
+    if not found.records:
+        raise UserError(f"{found.root / METADATA}: empty file, expected one JSON object per line")
+    return found
+
+
+def examine_records(
+    root: Path | str,
+    framing: Framing,
+    *,
+    min_bucket_records: int = 1,
+    num_threads: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> RecordSet:
+    """As `read_records`, but faults are only told, also where no record is usable."""
     root = Path(root)
     candidates, faults = read_metadata(root)
     usable: list[Record] = []
@@ -131,12 +167,7 @@ def read_records(
         usable = [result for result in checked if isinstance(result, Record)]
         faults += [result for result in checked if isinstance(result, Fault)]
     faults.sort(key=lambda fault: fault.line)
-    found = RecordSet(root, framing, tuple(usable), tuple(faults))
-    if faults and (strict or not usable):
-        raise UserError(found.summary(limit))
-    if not usable:
-        raise UserError(f"{root / METADATA}: empty file, expected one JSON object per line")
-    return found
+    return RecordSet(root, framing, tuple(usable), tuple(faults))
 
 
 def record_id(image: str, prompt: str) -> str:
@@ -152,14 +183,30 @@ def fingerprint(records: Iterable[Record]) -> str:
     return digest.hexdigest()[:16]
 
 
+def source_key(record: Record) -> str:
+    """What records made from one picture have in common: the field `source_group`, which states it, or else the hash
+    of the image file.
+    """
+    stated = record.extra.get("source_group")
+    return f"={stated}" if isinstance(stated, str) and stated else record.image_sha256 or hash_file(record.files()[0])
+
+
+def hash_file(file: ImageFile) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def is_held_out(record: Record, fraction: float) -> bool:
-    """Whether a record belongs to the held-out part: a hash of its id, so other records do not change the answer."""
-    digest = hashlib.sha256(f"held-out\0{record.id}".encode()).digest()
+    """Whether a record belongs to the held-out part: a hash of its `source_key`, so other records do not change the
+    answer, and neither do names of files.
+    """
+    digest = hashlib.sha256(f"held-out\0{source_key(record)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
 
 def split_records(records: Iterable[Record], held_out_fraction: float) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """(training, held-out) records; about `held_out_fraction` in [0, 1) of them are held out."""
+    """(training, held-out) records; about `held_out_fraction` in [0, 1) of the source pictures are held out, each with
+    all of its records, so that no held-out picture was seen in training.
+    """
     if not 0.0 <= held_out_fraction < 1.0:
         raise UserError(f"held_out_fraction: {held_out_fraction} given, expected a number in [0, 1)")
     train: list[Record] = []
@@ -174,6 +221,7 @@ def _parse(root: Path, path: Path) -> tuple[list[Record], list[Fault]]:
     faults: list[Fault] = []
     first_line: dict[str, int] = {}
     resolved = root.resolve()
+    pack = Pack(root, path) if is_packed(root) else None
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
@@ -193,7 +241,7 @@ def _parse(root: Path, path: Path) -> tuple[list[Record], list[Fault]]:
                 faults.append(Fault(number, "duplicate id", f"id {record.id!r} was used on line {where}"))
                 continue
             first_line[record.id] = number
-            records.append(record)
+            records.append(replace(record, pack=pack) if pack is not None else record)
     return records, faults
 
 
@@ -246,13 +294,17 @@ def _inside(root: Path, resolved: Path, name: str, role: str) -> Path:
 
 def _check_images(record: Record, framing: Framing, bucket: int | None = None) -> Record | Fault:
     """The record with its bucket, or what is wrong with its image or mask."""
+    image, mask = record.files()
     try:
-        _, edit_mask, bucket = load_pair(record.image, record.mask, framing, bucket)
+        _, edit_mask, bucket = load_pair(image, mask, framing, bucket)
+        digest = hash_file(image)
     except DataFault as fault:
         return Fault(record.line, fault.kind, str(fault))
+    except OSError as error:  # removed, or the disk failed, since it was decoded
+        return Fault(record.line, "unreadable image", f"image {record.image}: {error}")
     share = float(edit_mask.mean())
     if 0.0 < share < 1.0:
-        return replace(record, bucket=bucket)
+        return replace(record, bucket=bucket, image_sha256=digest, edit_area=share)
     what = "no pixel may change" if share == 0.0 else "every pixel may change"
     height, width = framing.sizes[bucket]
     message = f"mask {record.mask.name!r}: {what} (white = keep; after the crop to {width}x{height} px)"

@@ -32,7 +32,7 @@ class RecordSource:
         number = int(index)
         record = self._records[number]
         try:
-            image, edit_mask, _ = load_pair(record.image, record.mask, self._framing, record.bucket)
+            image, edit_mask, _ = load_pair(*record.files(), self._framing, record.bucket)
         except DataFault as fault:
             raise UserError(f"record {record.id!r} (line {record.line}): {fault.kind}: {fault}") from fault
         return {

@@ -76,7 +76,7 @@ class PictureEditor:
             editor.check_sigmas(sigmas)
 
             def run(params: Any, adapter: Any, images: Any, text: Any, negative: Any, noise: jax.Array) -> jax.Array:
-                wanted = editor.encode(params, images, text)
+                wanted: Any = editor.encode(params, images, text)
                 unwanted = negative and wanted.replace(text=editor.text.encode(params["text"], negative))
 
                 def velocity(z: jax.Array, sigma: jax.Array) -> jax.Array:

@@ -63,7 +63,7 @@ def load_for_editing(
     """
     folder = resolve_model(model)
     kind = model_kind(folder)
-    build = kontext.build_kontext if kind == "flux" else qwen_edit.build_qwen_edit
+    build: Any = kontext.build_kontext if kind == "flux" else qwen_edit.build_qwen_edit
     embedded = {"guidance": guidance} if kind == "flux" else {}
     editor: Editor = build(folder, PrecomputedText.of({}), dtype=jnp.dtype(dtype), vae_tile=vae_tile, **embedded)
     sizes = _check(editor, kind, options, pictures)
@@ -79,8 +79,8 @@ def load_for_editing(
         tree, config = lora_files.stack_layers(file, place(editor.abstract())["transformer"])
         config = dataclasses.replace(config, alpha=config.alpha * lora_scale)
         adapter = jax.device_put(lora.fold_scale(tree, config), replicated(mesh))
-    load = kontext.load_params if kind == "flux" else qwen_edit.load_params
-    return editor, load(folder, editor, place), adapter  # pyright: ignore[reportArgumentType] - the two go together
+    load: Any = kontext.load_params if kind == "flux" else qwen_edit.load_params
+    return editor, load(folder, editor, place), adapter
 
 
 def _check(editor: Editor, kind: str, options: EditOptions, pictures: Sequence[Sequence[Size]]) -> set[Size]:

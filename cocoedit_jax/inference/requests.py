@@ -55,7 +55,7 @@ def _parse(row: Any, root: Path, out: Path, number: int, seed: int) -> EditReque
         raise ValueError(f"a JSON {type(row).__name__}, expected an object")
     if unknown := sorted(set(row) - {"image", "prompt", "out", "seed"}):
         raise ValueError(f"unknown field {unknown[0]!r}; expected image, prompt, out, seed")
-    images = row.get("image")
+    images: Any = row.get("image")
     images = images if isinstance(images, list) else [images]
     for name, values in (("prompt", [row.get("prompt")]), ("image", images or [None])):
         if not all(isinstance(value, str) and value.strip() for value in values):

@@ -42,7 +42,8 @@ def _cudnn(q: Array, k: Array, v: Array, key_mask: Array | None, *, implementati
     num_queries = q.shape[1]
     if key_mask is None and k.shape[1] % 2:
         key_mask = jnp.ones(k.shape[:2], jnp.bool_)
-    q, k, v, key_mask = (x if x is None else _pad(x, x.shape[1] % 2) for x in (q, k, v, key_mask))
+    q, k, v = (_pad(x, x.shape[1] % 2) for x in (q, k, v))
+    key_mask = None if key_mask is None else _pad(key_mask, key_mask.shape[1] % 2)
     return _cudnn_even(q, k, v, key_mask, implementation)[:, :num_queries]
 
 

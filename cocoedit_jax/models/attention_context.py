@@ -70,7 +70,8 @@ def _ring_bwd(axis: str, residuals: tuple, d_out: Array) -> tuple[Array, Array, 
 
     def one_step(carry: tuple, _: None) -> tuple[tuple, None]:
         d_q, share, (d_k, d_v) = carry
-        more_q, more_k, more_v = attention_blocked.backward(q, *share, lse, delta, d_out)
+        k, v, key_mask = share
+        more_q, more_k, more_v = attention_blocked.backward(q, k, v, key_mask, lse, delta, d_out)
         share, grads = _pass_on((share, (d_k + more_k, d_v + more_v)), axis)
         return (d_q + more_q, share, grads), None
 

@@ -1,5 +1,7 @@
 """Splash attention, JAX's Pallas kernel for TPUs, without a causal mask."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -58,4 +60,5 @@ def splash(q: Array, k: Array, v: Array, key_mask: Array | None, *, interpret: b
         query_segments = jnp.ones((q.shape[0], q.shape[2]), jnp.int32)
         key_segments = _pad(key_mask.astype(jnp.int32), 1, block_kv)
         out = jax.vmap(run)(q, k, v, kernel.SegmentIds(query_segments, key_segments))
-    return out.swapaxes(1, 2)[:, :num_queries].astype(v.dtype)
+    tokens: Any = out
+    return tokens.swapaxes(1, 2)[:, :num_queries].astype(v.dtype)

@@ -147,7 +147,7 @@ class Editor:
 
         Several images per sample (inference) are a sequence of such arrays, whose sizes may differ.
         """
-        pictures = images if isinstance(images, list | tuple) else [images]
+        pictures: Any = images if isinstance(images, list | tuple) else [images]
         latents = [pack(self.autoencoder.encode(params["autoencoder"], picture), self.patch) for picture in pictures]
         guidance = None if self.guidance is None else jnp.full((len(latents[0]),), self.guidance, jnp.float32)
         text = self.text.encode(params["text"], text_inputs)

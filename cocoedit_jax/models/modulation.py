@@ -46,8 +46,8 @@ def any_replaced(modules: Iterable[str]) -> bool:
 def _values(transformer: QwenTransformer, params: Mapping[str, Any], temb: Array) -> Array:
     """What one modulation layer makes of ``temb`` ``[N, D]``: ``[N, features]``."""
     layer = Modulation(params["kernel"].shape[-1], dtype=transformer.dtype, num_chunks=1)
-    (out,) = layer.apply({"params": params}, temb)  # pyright: ignore[reportGeneralTypeIssues]
-    return out[:, 0]
+    chunks: Any = layer.apply({"params": params}, temb)
+    return chunks[0][:, 0]
 
 
 def _embed(transformer: QwenTransformer, params: Mapping[str, Any], sigmas: Array) -> Array:

@@ -36,13 +36,13 @@ def text(value: str) -> str:
     return value if isinstance(value, Raw) else escape(value, quote=False)
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """A whole document; ``parts`` are markup."""
+def page(title: str, parts: Sequence[str], head: str = "") -> str:
+    """A whole document; ``parts`` are markup, and so is ``head``, for its head."""
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<style>{_CSS}</style>\n{head}</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 

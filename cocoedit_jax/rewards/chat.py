@@ -374,8 +374,9 @@ class _LoopThread:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks)
-            await asyncio.sleep(0)  # let those who wait for them take their replies
             await self.http.aclose()
+            for _ in range(3):  # let those who wait for them take their replies, and sockets be closed
+                await asyncio.sleep(0)
 
         asyncio.run_coroutine_threadsafe(finish(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)

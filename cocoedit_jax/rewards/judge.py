@@ -10,7 +10,7 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -71,14 +71,15 @@ class Judge(Protocol):
     def __call__(self, requests: Sequence[JudgeRequest]) -> list[JudgeScore]: ...
 
 
+_Factory = TypeVar("_Factory", bound=Callable[..., Judge])
 JUDGES: dict[str, Callable[..., Judge]] = {}
 _MODULES = ("cocoedit_jax.rewards.vlm_judge",)  # they import this one, to register the judges that they hold
 
 
-def register_judge(name: str) -> Callable[[Callable[..., Judge]], Callable[..., Judge]]:
+def register_judge(name: str) -> Callable[[_Factory], _Factory]:
     """Decorator: make a judge (its class, or a function that returns one) available to `make_judge`."""
 
-    def add(factory: Callable[..., Judge]) -> Callable[..., Judge]:
+    def add(factory: _Factory) -> _Factory:
         if name in JUDGES:
             raise ValueError(f"judge {name!r} is registered already")
         JUDGES[name] = factory

@@ -34,15 +34,14 @@ from cocoedit_jax.rewards.judge_score import digit_score, top_tokens
 from cocoedit_jax.rewards.score_cache import ScoreCache
 
 _LOG = logging.getLogger(__name__)
-_KEPT_IMAGES = 512  # encoded images kept in memory: the edits of a group share their source
+_KEPT_IMAGES = 64  # encoded images kept in memory: the edits of a group share their source
 _LOGGED = 3  # invalid answers of a call that are logged in full
 
 
 @dataclass(frozen=True)
 class _Question:
-    """One request of a sample, and where its judgement is kept."""
+    """One question about one edit, and the key under which its judgement is kept: the hash of all that it shows."""
 
-    sample: int
     key: str
     request: ChatRequest
 
@@ -183,44 +182,32 @@ class VlmJudge:
         """Scores in the order of ``requests``. Raises UserError for a refusal that repeating cannot mend."""
         if not self._started:
             self.start()
-        answers: list[JudgeScore | None] = [None] * len(requests)
-        judged: list[dict[str, dict[str, float]]] = [{} for _ in requests]
-        reasons: dict[int, str] = {}
-        open_questions: list[_Question] = []
-        keys: list[list[str]] = [[] for _ in requests]
-        for number, request in enumerate(requests):
+        asked: list[list[_Question] | str] = []  # of every sample, or the reason why it cannot be asked about
+        for request in requests:
             try:
-                questions = self._questions(number, request)
+                asked.append(self._questions(request))
             except ValueError as error:
-                reasons[number] = str(error)
-                continue
-            keys[number] = [question.key for question in questions]
-            for question in questions:
-                known = self._cache.get(question.key)
-                if known is None:
-                    open_questions.append(question)
-                else:
-                    judged[number][question.key] = known
-        asked = {question.sample for question in open_questions}
-        for question, outcome in zip(open_questions, self._ask(open_questions), strict=True):
-            if isinstance(outcome, str):
-                reasons.setdefault(question.sample, outcome)
-            else:
-                judged[question.sample][question.key] = outcome
-        combine = COMBINE[self._prompt.combine]
-        for number, request in enumerate(requests):
-            reason = reasons.get(number)
+                asked.append(str(error))
+        questions = {question.key: question for found in asked if not isinstance(found, str) for question in found}
+        cached = {key: entry for key in questions if (entry := self._cache.get(key)) is not None}
+        missing = [question for key, question in questions.items() if key not in cached]
+        judged = cached | dict(zip((question.key for question in missing), self._ask(missing), strict=True))
+        answers = []
+        for request, found in zip(requests, asked, strict=True):
+            outcomes = [found] if isinstance(found, str) else [judged[question.key] for question in found]
+            reason = next((outcome for outcome in outcomes if isinstance(outcome, str)), None)
             if reason is None:
-                scores = [judged[number][key]["score"] for key in keys[number]]
-                answers[number] = JudgeScore(float(np.clip(combine(scores), 0.0, 1.0)))
-                self._count("scored" if number in asked else "from_cache")
+                scores = [outcome["score"] for outcome in outcomes if not isinstance(outcome, str)]
+                answers.append(JudgeScore(float(np.clip(COMBINE[self._prompt.combine](scores), 0.0, 1.0))))
+                known = not isinstance(found, str) and all(question.key in cached for question in found)
+                self._count("from_cache" if known else "scored")
             else:
-                answers[number] = JudgeScore(None, f"record {request.record_id!r}: {reason}")
+                answers.append(JudgeScore(None, f"record {request.record_id!r}: {reason}"))
                 self._count(f"invalid/{reason.partition(':')[0]}")
-        self._log_invalid([answer.error for answer in answers if answer is not None and answer.error])
-        return [answer for answer in answers if answer is not None]
+        self._log_invalid([answer.error for answer in answers if answer.error])
+        return answers
 
-    def _questions(self, number: int, request: JudgeRequest) -> list[_Question]:
+    def _questions(self, request: JudgeRequest) -> list[_Question]:
         """The requests of a sample. Raises ValueError, reason code first."""
         try:
             source, edited = self._encoded(request.source), self._encoded(request.edited)
@@ -238,7 +225,7 @@ class VlmJudge:
                 content.update(len(data).to_bytes(8, "big") + data)
             messages = self._prompt.messages(source, edited, text, self._format)
             asked = self._request(messages, affinity=request.record_id)
-            found.append(_Question(number, content.hexdigest()[:32], asked))
+            found.append(_Question(content.hexdigest()[:32], asked))
         return found
 
     def _request(self, messages: list[dict[str, Any]], affinity: str = "", endpoint: str = "") -> ChatRequest:
@@ -274,7 +261,7 @@ class VlmJudge:
 
     def _judgement(self, reply: ChatReply) -> dict[str, float] | str:
         if reply.failure is not None:
-            return str(reply.failure)
+            return f"{reply.failure}{hint(reply.failure) if reply.failure.fatal else ''}"
         if reply.logprobs is None:
             return f"no_logprobs: {reply.endpoint} sent a reply without them"
         found = digit_score(reply.logprobs[0])
@@ -324,33 +311,31 @@ class VlmJudge:
         urls = self._client.endpoints
         if len(urls) > 1:  # one server that is down does not hold up the others
             deadline_s = min(deadline_s, 2 * self._timeout)
-        marked, requests = [], []
-        for kind, *pair in canary_pairs():
-            for messages in self._canary_messages(*pair):
-                for url in urls:
-                    marked.append((url, kind))
-                    requests.append(self._request(messages, endpoint=url))
+        asked = [(url, kind, self._canary_messages(*pair)) for url in urls for kind, *pair in canary_pairs()]
+        requests = [self._request(each, endpoint=url) for url, _, messages in asked for each in messages]
+        outcomes = iter([self._judgement(reply) for reply in self._client.complete_all(requests, deadline_s)])
         scores: dict[str, dict[str, list[float]]] = {url: {"good": [], "bad": [], "swapped": []} for url in urls}
-        silent: dict[str, str] = {}
-        for (url, kind), reply in zip(marked, self._client.complete_all(requests, deadline_s), strict=True):
-            outcome = self._judgement(reply)
-            if isinstance(outcome, str):
-                silent[url] = outcome + (hint(reply.failure) if reply.failure else "")
+        reasons: dict[str, str] = {}
+        for url, kind, messages in asked:
+            answers = [next(outcomes) for _ in messages]
+            values = [answer["score"] for answer in answers if not isinstance(answer, str)]
+            if len(values) == len(answers):
+                scores[url][kind].append(COMBINE[self._prompt.combine](values))
             else:
-                scores[url][kind].append(outcome["score"])
-        problems = [self._canary_problem(url, found) for url, found in scores.items() if url not in silent]
+                reasons[url] = next(answer for answer in answers if isinstance(answer, str))
+        # One answer that is missing is bad luck; a kind without any is a server that does not judge.
+        silent = [url for url, found in scores.items() if not all(found.values())]
+        problems = [self._canary_problem(url, scores[url]) for url in urls if url not in silent]
         problems = [problem for problem in problems if problem]
         if problems or len(silent) == len(urls):
-            problems += [f"{url} did not judge the test pictures ({why})" for url, why in silent.items()]
+            problems += [f"{url} did not judge the test pictures ({reasons[url]})" for url in silent]
             raise UserError("\n".join(f"judge 'vlm': {problem}" for problem in problems))
-        for url, why in silent.items():
-            _LOG.warning("%s did not judge the test pictures (%s)", url, why)
+        for url in silent:
+            _LOG.warning("%s did not judge the test pictures (%s)", url, reasons[url])
 
     def _canary_problem(self, url: str, scores: Mapping[str, list[float]]) -> str | None:
-        n, combine = len(self._prompt.questions), COMBINE[self._prompt.combine]
-        mean = {k: np.mean([combine(v[i : i + n]) for i in range(0, len(v), n)]) for k, v in scores.items()}
-        worst = max(mean["bad"], mean["swapped"])
-        if mean["good"] >= worst + self._canary_margin:
+        mean = {kind: float(np.mean(values)) for kind, values in scores.items()}
+        if mean["good"] >= max(mean["bad"], mean["swapped"]) + self._canary_margin:
             return None
         found = ", ".join(f"{kind} {value:.3f}" for kind, value in mean.items())
         return (

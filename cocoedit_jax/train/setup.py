@@ -166,8 +166,12 @@ def build(config: ConfigDict) -> Setup:
             f"{found.root}: {len(train)} records to train on and {len(held_out)} held out; expected at least "
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
-    judge_hook(judge, "start")()
-    base = Base(load_params(), editor.abstract(), rollout_mesh)  # where it is used first
+    try:
+        judge_hook(judge, "start")()
+        base = Base(load_params(), editor.abstract(), rollout_mesh)  # where it is used first
+    except BaseException:
+        judge_hook(judge, "close")()
+        raise
     return Setup(
         config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, rollout_mesh, editor,
         base, framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,

@@ -103,17 +103,21 @@ def test_command(tmp_path):
     with (tmp_path / "data" / "metadata.jsonl").open("a") as file:
         file.write("{}\n")
     checked = command(f"--check={out}")
-    assert checked.returncode == 1 and "line 4: missing field: prompt, image, mask" in checked.stderr
+    assert checked.returncode == 1 and "      4  missing field  prompt, image, mask\n" in checked.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--encode=flux", "--out=x"], "--encode needs --model=MODEL_DIR"),
-        (["--encode=flux", "--model=m"], "give exactly one of --out=DIR"),
+        (["--encode=flux", "--model=m"], "give --out=DIR (what to write), or --check=DIR"),
+        (["--source=omniedit", "--out=x"], "--source=omniedit needs --from=FOLDER"),
+        (["--from=x", "--out=x"], "--from: name what it holds with --source=cocoedit-40k"),
+        (["--pack=x", "--check=x", "--out=x"], "--check and --pack: one at a time"),
+        (["--dedupe=x", "--out=y", "--rows=3"], "--rows: not used with --dedupe"),
         (
             ["--encode=flux", "--model=m", "--out=x", "--num=3", "--crop=buckets"],
-            "--num, --crop: not used with --encode",
+            "--crop, --num: not used with --encode",
         ),
         (["--check=x", "--model=m"], "--model: not used with --check"),
         (["--out=x", "--max_length=512", "--dtype=auto"], "--max_length, --dtype: not used with making data"),

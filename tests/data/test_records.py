@@ -1,6 +1,8 @@
 """Reading a data folder: photographs in the CoCoEdit-40K layout, and every way a folder can be broken."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from cocoedit_jax.data.records import (
     is_held_out,
     read_records,
     record_id,
+    source_key,
     split_records,
 )
 from cocoedit_jax.data.source import load_batch, record_dataset
@@ -203,18 +206,51 @@ def test_file_lost_after_the_check(folder):
         record_dataset([], Framing(16))
 
 
-def test_split_is_stable_and_disjoint(folder):
-    write(folder, [row(id=f"r{number}") for number in range(60)])
-    records = read_records(folder, Framing(16)).records
-    train, held_out = split_records(records, 0.25)
-    assert len(train) + len(held_out) == 60 and 5 <= len(held_out) <= 25
-    assert not {record.id for record in train} & {record.id for record in held_out}
+@pytest.fixture
+def many(folder):
+    """60 pictures with two instructions each, every other pair under another file name."""
+    rows = []
+    for number in range(60):
+        Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(folder / f"p{number}.png")
+        (folder / f"copy{number}.png").write_bytes((folder / f"p{number}.png").read_bytes())
+        other = f"copy{number}.png" if number % 2 else f"p{number}.png"
+        rows += [row(image=f"p{number}.png", prompt="a"), row(image=other, prompt="b")]
+    write(folder, rows)
+    return read_records(folder, Framing(16)).records
+
+
+def test_split_keeps_a_picture_on_one_side(many):
+    train, held_out = split_records(many, 0.25)
+    assert len(train) + len(held_out) == 120 and 10 <= len(held_out) <= 50
+    pictures = [{record.image.read_bytes() for record in part} for part in (train, held_out)]
+    assert not pictures[0] & pictures[1] and len(pictures[0] | pictures[1]) == 60
+
+
+def test_split_is_stable(many):
+    train, held_out = split_records(many, 0.25)
     # Neither the order of the file nor other records change where a record goes; a larger part contains a smaller one.
-    assert {r.id for r in split_records(records[::-2], 0.25)[1]} <= {r.id for r in held_out}
-    assert {r.id for r in held_out} <= {r.id for r in records if is_held_out(r, 0.5)}
-    assert split_records(records, 0.0) == (records, ())
+    assert {r.id for r in split_records(many[::-2], 0.25)[1]} <= {r.id for r in held_out}
+    assert {r.id for r in held_out} <= {r.id for r in many if is_held_out(r, 0.5)}
+    assert split_records(many, 0.0) == (many, ())
     with pytest.raises(UserError, match="held_out_fraction: 1.0"):
-        split_records(records, 1.0)
+        split_records(many, 1.0)
+
+
+def test_split_by_a_stated_source(folder, many):
+    """Pictures that differ in bytes stay together where `source_group` says that they are one."""
+    stated = [replace(record, extra={"source_group": "one"}) for record in many]
+    assert sorted(len(part) for part in split_records(stated, 0.5)) == [0, 120]
+    assert source_key(many[0]) == hashlib.sha256((folder / "p0.png").read_bytes()).hexdigest()
+    assert source_key(replace(many[0], image_sha256="")) == source_key(many[0])
+    # Written down, because a change would move pictures between the training and the held-out part.
+    assert [is_held_out(replace(many[0], image_sha256=name), 0.5) for name in "abcdef"] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_derived_ids_are_fixed():

@@ -99,7 +99,7 @@ def test_edits_equal_diffusers(case, monkeypatch):
     editor = build_qwen_edit(folder, PrecomputedText.of(table), dtype=jnp.float32)
     options = EditOptions(3, "euler", target, true_cfg=guidance, negative=NEGATIVE)
     assert editor.source_size((1050, 1050)) == (1024, 1024)
-    sources = tuple(fitted_size(*size, AREA) for size in sizes)
+    sources = tuple(fitted_size(height, width, AREA) for height, width in sizes)
     place = partial(sharded_shapes, mesh=make_mesh({"fsdp": 2, "tensor": 2}))
     ours = {}
     for tabled in (False, True):

@@ -77,6 +77,20 @@ def test_an_empty_folder(tmp_path):
     assert page.count("Missing:") == 6
 
 
+def test_what_became_of_the_samples(tmp_path):
+    make_run(tmp_path / "run", steps=0)
+    with Telemetry(tmp_path / "run") as telemetry:
+        for step in (1, 2):
+            counts = {"samples/drawn": 10, "judge/scored": 9, "judge/invalid/low_mass": 1, "judge/retry/timeout": 3}
+            telemetry.log(step, counts | {"judge/mass": 0.9})
+    page = write_report(tmp_path / "run").read_text()
+    assert "<td>scored</td><td>18</td><td>90.00 %</td>" in page
+    assert "<td>invalid: low_mass</td><td>2</td><td>10.00 %</td>" in page and "<td>all samples</td><td>20</td>" in page
+    assert "repeated: timeout 6." in page and "from the cache" not in page
+    make_run(tmp_path / "other")
+    assert "<h2>Judge" not in write_report(tmp_path / "other").read_text()
+
+
 def test_one_step_only(tmp_path):
     make_run(tmp_path / "run", steps=1)
     assert "One step only" in write_report(tmp_path / "run").read_text()

@@ -84,9 +84,11 @@ class FakeJudge:
     def __init__(self, port: int = 0, scorer: Callable[[dict[str, Any]], float] = true_score):
         self.faults: list[str] = []
         self.always = ""  # a fault of every chat request
-        self.share, self.random_faults, self.rng = 0.0, TRANSIENT, random.Random(0)
+        self.share, self.rng = 0.0, random.Random(0)
+        self.random_faults: Sequence[str] = TRANSIENT
         self.scorer, self.delay, self.retry_after = scorer, 0.0, "0.05"
         self.models = [MODEL]
+        self.reply: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda body: None  # in place of its own
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -170,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, judge: FakeJudge, body: dict[str, Any], fault: str) -> None:
         judge.ending.wait(judge.delay)
-        whole = completion(judge.scorer(body))
+        whole = judge.reply(body) or completion(judge.scorer(body))
         choice = whole["choices"][0]
         if fault.isdigit():
             said = STATUS_BODY.get(int(fault), {"error": {"message": "not now"}})

@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.rewards.chat import ChatClient, ChatRequest, encode_image, image_part, text_part, user_message
+from cocoedit_jax.rewards.chat import (
+    ChatClient,
+    ChatReply,
+    ChatRequest,
+    Failure,
+    encode_image,
+    image_part,
+    text_part,
+    user_message,
+)
 from cocoedit_jax.rewards.chat_protocol import explain_status
 from tests.rewards.fake_judge import MODEL, TRANSIENT, FakeJudge
 
@@ -30,6 +39,11 @@ def client(*urls: str, **options) -> ChatClient:
 
 def ask(words: str = "hello", **fields) -> ChatRequest:
     return ChatRequest([user_message(text_part(words))], logprobs=True, **fields)
+
+
+def failure(reply: ChatReply) -> Failure:
+    assert reply.failure is not None and reply.text is None
+    return reply.failure
 
 
 def free_port() -> int:
@@ -66,16 +80,15 @@ def test_a_refusal_is_fatal_at_once_and_names_the_field(server, status, reason, 
     server.faults = [str(status)]
     with client(server.url) as c:
         (reply,) = c.complete_all([ask()], 5)
-    failure = reply.failure
-    assert failure is not None and failure.fatal and failure.reason == reason and said in failure.message
-    assert reply.text is None and len(server.bodies) == 1
+    found = failure(reply)
+    assert found.fatal and found.reason == reason and said in found.message and len(server.bodies) == 1
 
 
 def test_a_fatal_failure_can_stop_the_rest(server):
     server.always, server.delay = "401", 0.05
     with client(server.url, concurrency=2) as c:
         replies = c.complete_all([ask() for _ in range(40)], 5, stop_on_fatal=True)
-    reasons = {reply.failure.reason for reply in replies}
+    reasons = {failure(reply).reason for reply in replies}
     assert reasons == {"unauthorized", "cancelled"} and len(server.bodies) <= 4
 
 
@@ -85,19 +98,21 @@ def test_the_deadline_holds_and_names_the_cause(server):
     with client(server.url) as c:
         replies = c.complete_all([ask() for _ in range(3)], 1.0)
     assert 0.9 < time.monotonic() - start < 1.5
-    assert all(r.failure.reason == "deadline" and r.failure.cause == "timeout" and not r.failure.fatal for r in replies)
+    assert {(failure(r).reason, failure(r).cause, failure(r).fatal) for r in replies} == {
+        ("deadline", "timeout", False)
+    }
 
 
 def test_garbled_replies_and_attempts_are_bounded(server):
     server.always = "garbage"
     with client(server.url, garbled_attempts=3) as c:
         (reply,) = c.complete_all([ask()], 5)
-    assert reply.failure.reason == "attempts" and reply.failure.cause == "garbled" and reply.attempts == 3
-    assert "upstream is busy" in reply.failure.message
+    assert failure(reply).reason == "attempts" and failure(reply).cause == "garbled" and reply.attempts == 3
+    assert "upstream is busy" in failure(reply).message
     server.always = "503"
     with client(server.url, max_attempts=2) as c:
         (reply,) = c.complete_all([ask()])
-    assert reply.failure.reason == "attempts" and reply.failure.cause == "status_503" and reply.attempts == 2
+    assert failure(reply).reason == "attempts" and failure(reply).cause == "status_503" and reply.attempts == 2
 
 
 @pytest.mark.parametrize("status", ["429", "503"])
@@ -183,7 +198,7 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch, tmp_path, caplog):
     with caplog.at_level(logging.DEBUG), client(server.url, key_env="JUDGE_KEY") as c:
         (reply,) = c.complete_all([ask(request_id="run-1-2")], 5)
         shown = f"{c!r} {vars(c)} {reply} {reply.failure}"
-    assert "Incorrect API key provided: <key>" in reply.failure.message
+    assert "Incorrect API key provided: <key>" in failure(reply).message
     assert key not in shown and key not in caplog.text
     assert server.headers[0]["authorization"] == f"Bearer {key}" and server.headers[0]["x-request-id"] == "run-1-2"
     (tmp_path / "key").write_text(key + "\n")
@@ -233,7 +248,7 @@ def test_close_gives_up_what_is_under_way_and_the_client_can_go_on(server):
     start = time.monotonic()
     c.close()
     thread.join(2)
-    assert time.monotonic() - start < 1 and [reply.failure.reason for reply in found] == ["cancelled"] * 2
+    assert time.monotonic() - start < 1 and [failure(reply).reason for reply in found] == ["cancelled"] * 2
     server.always = ""
     assert c.complete_all([ask()], 5)[0].ok
     c.close()
@@ -243,6 +258,7 @@ def test_close_gives_up_what_is_under_way_and_the_client_can_go_on(server):
 def test_models_that_cannot_be_had(server):
     with client(server.url.removesuffix("/v1") + "/other", f"http://127.0.0.1:{free_port()}") as c:
         gone, dead = c.models(0.5).values()
+    assert isinstance(dead, Failure) and isinstance(gone, Failure)
     assert dead.reason == "deadline" and dead.cause == "connect" and not dead.fatal
     assert gone.reason == "deadline"  # the server drops the connection
 

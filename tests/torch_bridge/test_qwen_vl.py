@@ -107,6 +107,51 @@ def test_positions_matter_and_the_model_makes_the_same(model, processor, prompts
     assert np.abs(plain - explicit).max() > 1e-3
 
 
+def test_folders_as_published(folder, model, processor, prompts, tmp_path):
+    """Qwen2.5-VL's files have the text model's settings at the top of config.json, M-RoPE under its old name, tensors
+    without `language_model` in their names, and the limits of pictures as `min_pixels` and `max_pixels`.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    def older(name):
+        name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        return name.removeprefix("language_model.")
+
+    tensors = {older(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert {name.partition(".")[0] for name in tensors} == {"model", "visual", "lm_head"}
+    assert "model.layers.0.self_attn.q_proj.weight" in tensors
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters", None) or text.pop("rope_scaling")
+    text |= {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    published = text | config | {"vocab_size": text["vocab_size"], "model_type": "qwen2_5_vl"}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    for path in folder.glob("*token*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    pictures = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "min_pixels": 3136,
+        "max_pixels": 12845056,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures))
+    inputs = processor.batch(prompts, "cpu")
+    found = last_logits(load_qwen_vl(tmp_path, "float32", "cpu"), inputs)
+    np.testing.assert_array_equal(found, last_logits(model, inputs))
+    image = picture(300, 200)
+    again, expected = (p(PICTURE, [image]) for p in (QwenVLProcessor.load(tmp_path), processor))
+    np.testing.assert_array_equal(again.pixel_values, expected.pixel_values)
+    np.testing.assert_array_equal(again.input_ids, expected.input_ids)
+    tiny = Image.new("RGB", (8, 8))
+    assert QwenVLProcessor.load(tmp_path)(PICTURE, [tiny]).image_grid_thw.tolist() == [[1, 4, 4]]  # 56 x 56 px at least
+
+
 def test_other_models_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         load_qwen_vl(tmp_path, "float32", "cpu")

@@ -211,7 +211,7 @@ def register(monkeypatch, name: str, answer) -> None:
 def test_a_judge_that_fails_stops_the_run_and_keeps_the_checkpoint(tiny_base, tiny_data, tmp_path, monkeypatch):
     register(monkeypatch, "broken", lambda r: JudgeScore(None, "no answer"))
     config = tiny_config(tiny_base, tiny_data, **{"judge.name": "broken"})
-    with pytest.raises(UserError, match="step 1: 100% of the samples have no reward.*broken"):
+    with pytest.raises(UserError, match="evaluate base: 100% of the samples have no reward.*broken"):
         train(build(config), tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
 

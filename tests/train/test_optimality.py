@@ -64,6 +64,15 @@ def test_a_group_with_one_known_score_is_dropped():
     assert not out.valid[:K].any() and out.valid[K:].all()
 
 
+def test_the_least_number_of_known_scores_can_be_chosen():
+    scores = spread()
+    scores[[0, 4, 5]] = np.nan
+    out, _ = judged(scores, ban=False, min_group=3)
+    assert out.valid.tolist() == [False, True, True, True] + [False] * K + [True] * K
+    assert out.metrics["groups/dropped"] == 1 and out.metrics["samples/unscored"] == 3
+    assert judged(scores, ban=False)[0].metrics["groups/dropped"] == 0
+
+
 def test_groups_without_spread_are_left_out_and_solved_ones_banned():
     scores = spread()
     scores[:K] = 1.0  # solved: reward .9 + .1 = no spread, high mean
@@ -112,6 +121,7 @@ def test_packing(invalid):
     assert set(rows[valid].tolist()) == set(range(GROUPS * K)) - {2, 7}
     # Every row carries its own sample, record and threshold.
     np.testing.assert_array_equal(step.x0.reshape(-1, n, 48)[valid], rollout.x0[rows[valid]])
+    assert step.conditioning.text.pooled is not None
     np.testing.assert_array_equal(step.conditioning.text.pooled.reshape(-1)[valid], plan.group[rows[valid]])
     # The loss holds to the source where the mask is 0: 1 means keep.
     np.testing.assert_array_equal(

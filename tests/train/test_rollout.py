@@ -1,5 +1,7 @@
 """Sampling does not depend on batching or devices; rewards are gathered in order."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.rewards.judge import JudgeScore
 from cocoedit_jax.rewards.pixel import pixel_reward
+from cocoedit_jax.rewards.registry import EditBatch
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.rollout import RewardQueue, collect, make_sampler
 from tests.train.tiny import SIZE, random_params, tiny_quickstart
@@ -49,6 +52,22 @@ def roll(batch_size: int, devices: int):
     out = collect(sampler, params, None, conditioning, plan, batch, jax.random.key(3), queue, batch_size)
     queue.close()
     return out
+
+
+def test_no_batch_waits_for_another_to_be_judged():
+    """A judge's deadline runs from its call, so all batches of a step must be under way at once."""
+    together = threading.Barrier(6, timeout=20)
+
+    def judge(requests):
+        together.wait()
+        return [JudgeScore(0.5) for _ in requests]
+
+    queue = RewardQueue(judge, preset("edit-r1"), batches=6)
+    image = np.zeros((1, SIZE, SIZE, 3), np.float32)
+    batch = EditBatch(jnp.asarray(image), image, image[..., 0], [{"prompt": "", "id": "a", "extra": {}}])
+    pending = [queue.submit(batch)["judge"] for _ in range(6)]
+    assert all(future.result()[0].tolist() == [0.5] for future in pending)
+    queue.close()
 
 
 def test_the_same_samples_in_any_batching_on_any_number_of_devices():

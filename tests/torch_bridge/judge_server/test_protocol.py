@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -107,6 +108,11 @@ def test_all_faults_together_and_no_input_repeated():
         with pytest.raises(ApiError) as caught:
             parse_request(body)
         assert caught.value.status == 400 and len(caught.value.message) < 300
+    for body in (b"{" + b'"a":1,' * 1_000_000, b'{"user": [' + b"[]," * 1_000_000):
+        start = time.monotonic()
+        with pytest.raises(ApiError, match="too many values"):
+            parse_request(body)
+        assert time.monotonic() - start < 1
     error = refusal(chat(text_part("x"), **{f"unknown{number}": 1 for number in range(20)}))
     assert "and 15 more" in error.message
     error = refusal(chat(text_part("x"), model="gpt-4o"))

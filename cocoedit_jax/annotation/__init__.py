@@ -1,0 +1,1 @@
+"""From (image, instruction) to (image, mask, refined instruction, scores)."""

@@ -1,0 +1,88 @@
+"""All model stages by batch files, answered as vllm run-batch does."""
+
+import json
+import math
+
+import pytest
+
+from cocoedit_jax.annotation import run
+from cocoedit_jax.annotation.store import Store
+from cocoedit_jax.errors import UserError
+from tests.annotation.helpers import answer, contents
+
+
+def failed(line, status=None):
+    response = None if status is None else {"status_code": status, "body": {"error": {"message": "no"}}}
+    return {"id": "vllm-1", "custom_id": line["custom_id"], "response": response, "error": {"message": "timed out"}}
+
+
+def requests_of(folder, stage):
+    files = sorted((folder / "batches").glob(f"{stage}-*.jsonl"))
+    return files, [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_stage(done, settings, photos, tmp_path):
+    out = tmp_path / "out"
+    outcome = None
+    for stage in ("classify", "box", "rewrite", "score"):
+        source = str(photos) if stage == "classify" else None
+        assert run.annotate(settings, out, source=source, emit_batch=stage) is None
+        files, asked = requests_of(out, stage)
+        assert len({line["custom_id"] for line in asked}) == len(asked)
+        assert {line["url"] for line in asked} == {"/v1/chat/completions"}
+        assert all(line["body"]["model"] == "fake" and math.isclose(line["body"]["temperature"], 0) for line in asked)
+        # Records whose kind of edit is known are not asked for it; the test picture travels with the boxes.
+        assert len(asked) == {"classify": 7, "box": 9 + 1, "rewrite": 9, "score": 27}[stage]
+        if stage == "score":  # one reply is lost: its record waits, the others go on
+            replies = [answer(line) for line in asked]
+            missing = write(tmp_path / "missing.jsonl", replies[1:])
+            assert run.annotate(settings, out, accept_batch=[missing]) is None
+            run.annotate(settings, out, emit_batch=stage)
+            assert len(requests_of(out, stage)[1]) == 3
+        reply = write(tmp_path / f"{stage}.jsonl", [answer(line) for line in requests_of(out, stage)[1]])
+        outcome = run.annotate(settings, out, accept_batch=[reply])
+    assert outcome == done[1] and contents(out) == contents(done[0])
+    assert run.annotate(settings, out, accept_batch=[reply]) == outcome, "twice the same replies"
+
+
+def test_failed_and_foreign_replies(settings, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="--emit_batch=box: 11 records wait for classify; that comes first"):
+        run.annotate(settings, out, source=str(photos), emit_batch="box")
+    run.annotate(settings, out, emit_batch="classify")
+    _, asked = requests_of(out, "classify")
+    rows = [failed(asked[0]), failed(asked[1], 503), failed(asked[2], 400)] + [answer(line) for line in asked[3:]]
+    run.annotate(settings, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])
+    assert "4 records taken on, 3 without a usable reply" in capsys.readouterr().out
+    waiting = [a for n in range(6) for a in Store.open(out).read(n) if a.stage == "load" and a.status == "pending"]
+    assert [a.reason for a in waiting] == ["no_reply", "no_reply", "refused_request"]
+    for rows, message in (
+        (asked, "file of requests"),
+        ([{**answer(asked[0]), "custom_id": "mine"}], "none of --emit_batch"),
+        ([{**answer(asked[0]), "custom_id": asked[0]["custom_id"][:-8] + "00000000"}], "other settings"),
+        ([], "expected those of one stage"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.annotate(settings, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])
+    (tmp_path / "cut.jsonl").write_text(json.dumps(answer(asked[0]))[:50])
+    with pytest.raises(UserError, match="cut.jsonl line 1: no JSON"):
+        run.annotate(settings, out, accept_batch=[str(tmp_path / "cut.jsonl")])
+
+
+def test_the_test_picture_comes_back_wrong(settings, photos, tmp_path):
+    out = tmp_path / "out"
+    run.annotate(settings, out, source=str(photos), emit_batch="classify")
+    replies = write(tmp_path / "c.jsonl", [answer(line) for line in requests_of(out, "classify")[1]])
+    run.annotate(settings, out, accept_batch=[replies])
+    run.annotate(settings, out, emit_batch="box")
+    _, asked = requests_of(out, "box")
+    rows = [answer(line) for line in asked]
+    probe = next(row for row in rows if "|probe|" in row["custom_id"])
+    probe["response"]["body"]["choices"][0]["message"]["content"] = '[{"bbox_2d": [567, 550, 733, 800]}]'
+    with pytest.raises(UserError, match="wrong as 'pixels'.*fits 'relative-1000'"):
+        run.annotate(settings, out, accept_batch=[write(tmp_path / "b.jsonl", rows)])

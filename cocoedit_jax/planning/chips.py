@@ -112,13 +112,13 @@ def parse_topology(text: str) -> Topology:
         return Topology(f"{family}:{count}", family, count)
     if found.group(2) == "-" or (len(numbers) == 1 and chip.dims > 1):
         # Names of v5p and tpu7x slices count TensorCores, two per chip.
-        chips = numbers[0] // 2 if chip.dims == 3 else numbers[0]
+        chips = numbers[0] / 2 if chip.dims == 3 else numbers[0]
         shapes = _SHAPES[chip.dims]
         if len(numbers) != 1 or chips not in shapes:
             names = ", ".join(f"{family}-{n * (2 if chip.dims == 3 else 1)}" for n in shapes)
             raise UserError(f"--topology={text}: no such slice; expected one of {names}, or a shape as {family}:"
                             + "x".join(map(str, shapes[8])))  # fmt: skip
-        numbers = shapes[chips]
+        numbers = shapes[int(chips)]
     if len(numbers) != chip.dims or not all(numbers):
         example = "x".join(map(str, _SHAPES[chip.dims][8]))
         raise UserError(

@@ -38,7 +38,7 @@ _MESSAGES = (
 
 
 def parse_out_of_memory(message: str) -> dict[str, float | None] | None:
-    """``need`` and ``available`` in bytes (None: not told) of a compiler's or allocator's message; None: another one."""
+    """``need`` and ``available`` bytes (None: not told) of a compiler's or allocator's message; None: another one."""
     if not re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", message):
         return None
     for pattern in _MESSAGES:
@@ -61,8 +61,8 @@ def load_topology(topology: Topology) -> list[Any]:
     except Exception as error:
         message = str(error).strip().splitlines()[0][:300]
         raise UserError(
-            f"--topology={topology.name}: {message}\nexpected the TPU compiler: pip install 'cocoedit-jax[tpu]', or its "
-            "libtpu.so named in TPU_LIBRARY_PATH; one process at a time can use it"
+            f"--topology={topology.name}: {message}\nexpected the TPU compiler: pip install 'cocoedit-jax[tpu]', or "
+            "its libtpu.so named in TPU_LIBRARY_PATH; one process at a time can use it"
         ) from error
     return list(np.asarray(described.devices).flat)
 
@@ -83,7 +83,7 @@ def versions() -> dict[str, str]:
 
 
 def phase_key(workload: Workload, candidate: Candidate, topology: str, phase: str) -> dict[str, Any]:
-    """All that the compiled program of a phase depends on; the rollout does not on what its backward pass would keep."""
+    """All that the compiled program of a phase depends on; that of the rollout does not on what remat keeps."""
     shape = dataclasses.asdict(workload.shape(candidate))
     given = dataclasses.asdict(candidate)
     if phase == "rollout":

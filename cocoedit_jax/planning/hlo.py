@@ -1,21 +1,32 @@
 """Collectives of a compiled program, from its text: how often each kind runs, and the bytes that it moves.
 
-The text names every instruction once; one inside of a loop runs as often as the loop does, which XLA notes as
-``known_trip_count``. Bytes are those that one device sends in a ring (the bandwidth-optimal algorithm of NCCL and of
-TPU tori): with g devices in a group, (g - 1) / g of the result for all-gather, of the operand for reduce-scatter and
-all-to-all, twice that for all-reduce, the whole operand for collective-permute.
+The text names every instruction once; one inside of a loop runs as often as the loop does. XLA notes that as
+``known_trip_count``, except in programs for TPUs. There it follows from the loop's condition and its counter's step;
+the counter starts at 0, as those of JAX and of XLA's own loops over shards do.
+
+A TPU program may run one collective in pieces, each fused with other work; its pieces have one channel, and count once.
+
+Bytes are those that one device sends in a ring (the bandwidth-optimal algorithm of NCCL and of TPU tori): with g devices
+in a group, (g - 1) / g of the result for all-gather, of the operand for reduce-scatter and all-to-all, twice that for
+all-reduce, the whole operand for collective-permute.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)}|ragged-all-to-all)(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_SCALAR = re.compile(r"^[su]\d+\[\]\S* (constant|get-tuple-element|add|copy)\(([^)]*)\)(?:, index=(\d+))?")
+_BELOW = re.compile(r" compare\((?:[^%]*)%?([\w.\-]+), (?:[^%]*)%?([\w.\-]+)\), direction=LT")
+_LOOP = re.compile(r"\b(condition|body)=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
@@ -94,8 +105,29 @@ def _sent(kind: str, is_start: bool, shape: str, line: str, devices: int) -> flo
 
 @dataclasses.dataclass
 class _Computation:
-    own: list[tuple[str, float]] = dataclasses.field(default_factory=list)  # kind, bytes
-    calls: list[tuple[str, int | None]] = dataclasses.field(default_factory=list)  # name, times; None: not known
+    own: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)  # channel -> kind, bytes
+    fused: list[str] = dataclasses.field(default_factory=list)  # computations of fusions
+    calls: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # name; times, or _Loop where not noted
+    scalars: dict[str, tuple[str, str, str]] = dataclasses.field(default_factory=dict)  # operation, operands, index
+    below: tuple[str, str] | None = None  # operands of a comparison for "less than"
+    results: list[str] = dataclasses.field(default_factory=list)  # of a tuple at the end
+
+    def constant(self, name: str) -> int | None:
+        operation, value, _ = self.scalars.get(name, ("", "", ""))
+        return int(value) if operation == "constant" else None
+
+    def element(self, name: str) -> int | None:
+        """Which element of the loop's state ``name`` is."""
+        operation, operands, index = self.scalars.get(name, ("", "", ""))
+        if operation == "copy":
+            return self.element(_NAME.findall(operands)[0])
+        return int(index) if operation == "get-tuple-element" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    condition: str
+    body: str
 
 
 def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
@@ -108,26 +140,55 @@ def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
                 current = computations.setdefault(header.group(2), _Computation())
                 entry = header.group(2) if header.group(1) else entry
             continue
-        _, equals, body = line.partition(" = ")
+        start, equals, body = line.partition(" = ")
         if current is None or not equals:
             continue
         body = body.split(", metadata={")[0] + line[line.find(", backend_config=") :] if "metadata={" in body else body
         if found := _COLLECTIVE.search(" " + body):
             kind = found.group(1).removeprefix("ragged-")
             shape = body[: max(0, found.start() - 1)]
-            current.own.append((kind, _sent(kind, bool(found.group(2)), shape, body, devices)))
+            channel = _CHANNEL.search(body)
+            key = channel.group(1) if channel else start
+            current.own[key] = kind, _sent(kind, bool(found.group(2)), shape, body, devices)
             continue  # what it applies is an addition
         if "-done(" in body or "-update(" in body:
             continue  # the other half of what "start" called
         called = _CALLED.findall(body)
         if branches := _BRANCHES.search(body):
             called += [name.strip().lstrip("%") for name in branches.group(1).split(",")]
-        times: int | None = 1
+        name = start.strip().removeprefix("ROOT ").lstrip("%")
+        if scalar := _SCALAR.match(body):
+            current.scalars[name] = (scalar.group(1), scalar.group(2), scalar.group(3) or "")
+        if below := _BELOW.search(body):
+            current.below = (below.group(1), below.group(2))
+        if start.strip().startswith("ROOT") and " tuple(" in body:
+            current.results = _NAME.findall(body.rpartition(" tuple(")[2].partition(")")[0])
+        if " fusion(" in body:
+            current.fused += called
+            continue
+        times: Any = 1
         if " while(" in " " + body:
-            known = _TRIPS.search(body)
-            times = int(known.group(1)) if known else None
+            known, parts = _TRIPS.search(body), dict(_LOOP.findall(body))
+            times = int(known.group(1)) if known else _Loop(parts.get("condition", ""), parts.get("body", ""))
         current.calls += [(name, times) for name in called]
     return computations, entry
+
+
+def _trips(computations: Mapping[str, _Computation], loop: _Loop) -> int | None:
+    """How often it runs; None: that is no constant."""
+    empty = _Computation()
+    condition, body = computations.get(loop.condition, empty), computations.get(loop.body, empty)
+    if condition.below is None:
+        return None
+    counter, limit = condition.element(condition.below[0]), condition.constant(condition.below[1])
+    if counter is None or limit is None:
+        return None
+    step = 1
+    if counter < len(body.results):
+        operation, operands, _ = body.scalars.get(body.results[counter], ("", "", ""))
+        steps = [value for name in _NAME.findall(operands) if (value := body.constant(name))]
+        step = steps[0] if operation == "add" and steps else 1
+    return -(-limit // step)
 
 
 def collectives(text: str, devices: int = 1, unknown_trips: float = 1.0) -> dict[str, Collective]:
@@ -143,14 +204,25 @@ def collectives(text: str, devices: int = 1, unknown_trips: float = 1.0) -> dict
     computations, entry = _parse(text, devices)
     memo: dict[tuple[str, bool], dict[str, Collective]] = {}
 
+    def by_channel(name: str) -> dict[str, tuple[str, float]]:
+        """Those of a computation and its fusions."""
+        computation = computations.get(name, _Computation())
+        found = dict(computation.own)
+        for fused in computation.fused:
+            for channel, value in by_channel(fused).items():
+                found.setdefault(channel, value)
+        return found
+
     def total(name: str, in_unknown: bool) -> dict[str, Collective]:
         if (name, in_unknown) in memo:
             return memo[name, in_unknown]
         out: dict[str, Collective] = {}
         computation = computations.get(name, _Computation())
-        for kind, size in computation.own:
+        for kind, size in by_channel(name).values():
             out[kind] = out.get(kind, Collective()) + Collective(1, size)
         for called, times in computation.calls:
+            if isinstance(times, _Loop):
+                times = _trips(computations, times)
             unknown = times is None
             factor = (1.0 if in_unknown else unknown_trips) if times is None else float(times)
             for kind, found in total(called, in_unknown or unknown).items():

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cocoedit_jax.models import lora
-from cocoedit_jax.models.editor import Conditioning
 from cocoedit_jax.planning import predict
 from cocoedit_jax.planning.compiler import lower_phase, parse_out_of_memory
 from cocoedit_jax.planning.rows import PHASES, Row, finish, row_of

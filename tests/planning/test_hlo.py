@@ -62,7 +62,7 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
     assert collectives(text, 4, unknown_trips=7) == {"all-reduce": Collective(7, 7 * 2 * 8 * 4 * 3 / 4)}
 
 
-# As the TPU compiler writes them: asynchronous halves, tuples, layouts with commas, groups in two notations.
+# As the TPU compiler writes them: loops by their conditions, asynchronous halves, tuples, layouts with commas, groups in two notations.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -81,33 +81,50 @@ TPU = """HloModule jit_f, is_scheduled=true
   %cp = (bf16[1,64,1024]{2,1,0:T(8,128)(2,1)S(1)}, bf16[1,64,1024]{2,1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%t), channel_id=3, source_target_pairs={{0,15},{1,0}}, metadata={op_name="while/body" calls="x"}
   %cpd = bf16[1,64,1024]{2,1,0:T(8,128)(2,1)S(1)} collective-permute-done(%cp)
   %rss = ((bf16[32,128]{1,0}), bf16[8,128]{1,0}, s32[]) async-start(%t), calls=%wrapped
-  ROOT %rsd = bf16[8,128]{1,0:T(8,128)(2,1)} async-done(%rss), calls=%wrapped
+  %rsd = bf16[8,128]{1,0:T(8,128)(2,1)} async-done(%rss), calls=%wrapped
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %copy.1 = s32[]{:T(128)} copy(%i)
+  %step = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%copy.1, %step)
+  ROOT %out = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, /*index=1*/%cpd)
 }
 
 %cond (t: (s32[], bf16[64,1024])) -> pred[] {
-  ROOT %t = pred[]{:T(512)} parameter(0)
+  %limit = s32[]{:T(128)} constant(11)
+  %t = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
+}
+
+%async_collective_fusion.1 (p: bf16[64,1024]) -> bf16[256,1024] {
+  %p = bf16[64,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %piece = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=5, replica_groups=[4,4]<=[16], dimensions={0}
 }
 
 ENTRY %main (x: bf16[64,1024]) -> bf16[64,1024] {
   %x = bf16[64,1024]{1,0:T(8,128)(2,1)} parameter(0)
   %ag = (bf16[64,1024]{1,0:T(8,128)(2,1)}, bf16[256,1024]{1,0:T(8,128)(2,1)}) all-gather-start(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, dimensions={0}
   %agd = bf16[256,1024]{1,0:T(8,128)(2,1)} all-gather-done(%ag)
+  %f1 = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %f2 = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
   %ar = (f32[16]{0:T(128)}, f32[4,4]{1,0:T(4,128)}) all-reduce(%x, %x), channel_id=2, replica_groups={}, to_apply=%add
-  ROOT %w = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) while(%x), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}, backend_config={"known_trip_count":{"n":"6"}}
+  ROOT %w = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) while(%x), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}, backend_config={"flag_configs":[]}
 }
 """  # noqa: E501
 
 
 def test_the_notation_of_tpu_programs():
     assert collectives(TPU, devices=16) == {
-        "all-gather": Collective(1, 256 * 1024 * 2 * 3 / 4),
+        "all-gather": Collective(2, 2 * 256 * 1024 * 2 * 3 / 4),
         "all-reduce": Collective(1, 2 * 2 * 16 * 4 * 15 / 16),
         "collective-permute": Collective(6, 6 * 64 * 1024 * 2),
         "reduce-scatter": Collective(6, 6 * 8 * 128 * 2 * 3),
     }
 
 
-@pytest.mark.parametrize("dtype, size", [("pred", 1), ("bf16", 2), ("f8e4m3fn", 1), ("s4", 0.5), ("c64", 8), ("u32", 4)])
+@pytest.mark.parametrize(
+    "dtype, size", [("pred", 1), ("bf16", 2), ("f8e4m3fn", 1), ("s4", 0.5), ("c64", 8), ("u32", 4)]
+)
 def test_sizes_of_types(dtype, size):
     line = f"  ROOT %r = {dtype}[8]{{0}} collective-permute(%x), source_target_pairs={{{{0,1}}}}\n"
     text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line}}}\n"

@@ -155,6 +155,7 @@ def attention(
     if backend not in ("auto", *BACKENDS, *CONTEXT_BACKENDS):
         names = sorted((*BACKENDS, *CONTEXT_BACKENDS))
         raise KeyError(f"attention backend {backend!r} is unknown; expected 'auto' or one of {names}")
-    if sharded and max(parallel.automatic_axes().values(), default=1) > 1:
+    # On axes of one device too: a Pallas kernel may not be left to the partitioner while any axis is automatic.
+    if sharded and parallel.automatic_axes() and jax.sharding.get_abstract_mesh().size > 1:
         return _sharded(q, k, v, key_mask, backend)
     return _local(backend, q)(q, k, v, key_mask)

@@ -1,0 +1,183 @@
+"""Time and memory by formula: the roofline of a step, and the memory plan of devices that no compiler here plans for.
+
+A prediction. The roofline is the least time that arithmetic, memory traffic or exchange alone would take, as if the
+other two were hidden behind it and every unit ran at its data-sheet peak; real steps take longer.
+"""
+
+import math
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from cocoedit_jax.models.editor import Editor
+from cocoedit_jax.planning.chips import Chip, Topology
+from cocoedit_jax.planning.workload import Candidate, Workload
+from cocoedit_jax.sharding.flops import forward_flops, lora_gradient_flops
+from cocoedit_jax.sharding.mesh import AXES
+from cocoedit_jax.sharding.rules import partition_spec
+
+# Values of width d that a block reads and writes per token: q, k, v, attention and its output (1+3, 3+1, 1+1), MLP
+# (1+4, 4+1), and norms, modulation and residuals around the two (6).
+TRAFFIC_WIDTHS = 26
+# Values of width d per token that the backward pass of one block holds at once: its recomputed activations (17: what
+# the list above writes) and their gradients in flight (about half of them).
+BLOCK_WIDTHS = 25
+# Values of width d per token and block that a remat policy keeps, beside the block's input.
+KEPT_WIDTHS = {"none": 17, "dots": 13, "attention": 1, "full": 0, "offload": 0}
+DECODE_BYTES = 2.7e3  # temporaries of one decoded picture in float32 per pixel (benchmarks/RESULTS.md: 2560 MiB, 1 MP)
+
+
+def tokens(workload: Workload, editor: Editor) -> int:
+    """Of one joint sequence: target, source, text."""
+    size = workload.config.data.resolution
+    return 2 * editor.grid(size, size).tokens + workload.text_tokens()
+
+
+def model_flops(workload: Workload, editor: Editor) -> dict[str, float]:
+    """Of one optimizer step by phase, over all devices, as the trainer counts them for MFU: nothing recomputed."""
+    cfg, steps = workload.algorithm, workload.config.rollout.steps
+    shape, length, samples = editor.transformer.config, tokens(workload, editor), workload.samples
+    forwards = (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+    gradient = lora_gradient_flops(shape, length, samples) + forwards * forward_flops(shape, length, samples)
+    return {"rollout": steps * forward_flops(shape, length, samples), "train": cfg.num_timesteps(steps) * gradient}
+
+
+def executed_flops(workload: Workload, editor: Editor, remat: str) -> dict[str, float]:
+    """``model_flops`` and what ``remat`` computes again."""
+    flops = model_flops(workload, editor)
+    shape, length = editor.transformer.config, tokens(workload, editor)
+    forward = forward_flops(shape, length, workload.samples)
+    attention = shape.num_blocks * 4.0 * length * length * shape.hidden * workload.samples
+    again = {"none": 0.0, "dots": attention, "attention": forward - attention, "full": forward, "offload": forward}
+    flops["train"] += workload.algorithm.num_timesteps(workload.config.rollout.steps) * again[remat]
+    return flops
+
+
+class _Sizes:
+    """Stands in for a mesh where only its shape is asked for."""
+
+    def __init__(self, sizes: dict[str, int]):
+        self.shape = {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def _weights(abstract: Any, mesh: Any) -> tuple[float, float]:
+    """Bytes of boxed parameters in all, and on one device by the rule table."""
+    whole = local = 0.0
+    for leaf in jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
+        value = leaf.value if isinstance(leaf, nn.LogicallyPartitioned) else leaf
+        size = value.size * value.dtype.itemsize
+        axes = [axis for axis in partition_spec(names, value.shape, mesh) if axis]
+        whole, local = whole + size, local + size / math.prod(mesh.shape[axis] for axis in axes)
+    return whole, local
+
+
+def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> float:
+    """Bytes that one device reads and writes per step, by formula: the weights of every pass (a share that was fetched
+    is also written), and the activations of its own samples."""
+    cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
+    shape = editor.transformer.config
+    whole, _ = _weights(editor.abstract()["transformer"], _Sizes(sizes))
+    weights = whole / sizes["tensor"] * (2 if sizes["fsdp"] > 1 else 1)
+    if phase == "rollout":
+        passes = steps
+    else:
+        recompute = candidate.remat in ("full", "attention", "offload")
+        forwards = 1 + recompute + (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+        passes = cfg.num_timesteps(steps) * (forwards + 2)  # the backward pass reads and writes about twice a forward's
+    local = tokens(workload, editor) / sizes["context"] / sizes["tensor"]
+    width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
+    activations = candidate.per_shard * local * shape.num_blocks * TRAFFIC_WIDTHS * shape.hidden * width
+    batches = math.ceil(workload.samples / candidate.batch)
+    return batches * passes * (weights + activations)
+
+
+def roofline(
+    chip: Chip, link: float, devices: int, flops: float, traffic: float, exchanged: float
+) -> dict[str, float | str]:
+    """Seconds of one phase of a step.
+
+    Args:
+        link: bytes/s that a device can send.
+        flops: executed, over all devices.
+        traffic, exchanged: bytes of one device.
+    """
+    parts = {
+        "compute": flops / devices / chip.flops,
+        "memory": traffic / chip.hbm_bandwidth,
+        "exchange": exchanged / link,
+    }
+    bound = max(parts, key=lambda name: parts[name])
+    return {**parts, "seconds": parts[bound], "bound": bound}
+
+
+def formula_memory(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> dict[str, float]:
+    """``arguments``, ``temporaries`` and ``total`` in bytes on one device, by formula.
+
+    Arguments are exact (weights by the rule table, adapters, optimizer state, the step's samples). Temporaries: the
+    inputs that remat keeps of every block, one block's backward pass, two layers of fetched weights, one gradient; for
+    the rollout one block's forward pass and one decoded picture.
+    """
+    sizes, shape = dict(candidate.sizes), editor.transformer.config
+    mesh = _Sizes(sizes)
+    abstract = editor.abstract()
+    whole, local = _weights(abstract["transformer"], mesh)
+    _, other = _weights({k: v for k, v in abstract.items() if k != "transformer"}, mesh)
+    rank = workload.lora.rank
+    # An adapter of rank r on every linear layer of a block: r (in + out); q, k, v, o and two MLP layers.
+    adapter = 4.0 * rank * shape.num_blocks * (4 * 2 * shape.hidden + 2 * (shape.hidden + shape.mlp_hidden))
+    width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
+    length = tokens(workload, editor)
+    per_width = candidate.per_shard * length / sizes["context"] * shape.hidden * width
+    fetched = 2 * whole / shape.num_blocks / sizes["tensor"] if sizes["fsdp"] > 1 else 0.0
+    if phase == "rollout":
+        pixels = workload.config.data.resolution**2
+        block = per_width * TRAFFIC_WIDTHS / 2 / sizes["tensor"]
+        return _summed(local + other + adapter, max(block + fetched, DECODE_BYTES * pixels))
+    copies = 4 + (workload.algorithm.ema_decay > 0)  # trained, old, two moments
+    states = copies * adapter / (sizes["fsdp"] if candidate.adapters == "sharded" else 1)
+    grid = editor.grid(workload.config.data.resolution, workload.config.data.resolution)
+    text = workload.text_tokens() * shape.joint_attention_dim * width
+    rows = workload.samples / candidate.shards * (2 * 4.0 * grid.tokens * editor.token_channels + text)
+    kept = shape.num_blocks * per_width * (1 + KEPT_WIDTHS[candidate.remat] / sizes["tensor"])
+    if candidate.remat == "offload":
+        kept = 2 * per_width
+    return _summed(local + other + states + rows, kept + BLOCK_WIDTHS * per_width / sizes["tensor"] + fetched + adapter)
+
+
+def _summed(arguments: float, temporaries: float) -> dict[str, float]:
+    return {"arguments": arguments, "temporaries": temporaries, "total": arguments + temporaries}
+
+
+def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> float:
+    """Bytes that one device sends per step, by formula: layers fetched for every pass over an fsdp axis, four sums of
+    activations per block and pass over a tensor axis, keys, values and outputs over a context axis, one reduction of
+    adapter gradients."""
+    cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
+    shape = editor.transformer.config
+    whole, _ = _weights(editor.abstract()["transformer"], _Sizes(sizes))
+    fsdp, tensor, context = sizes["fsdp"], sizes["tensor"], sizes["context"]
+    width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
+    passes = steps
+    if phase == "train":
+        forwards = 2 + (cfg.old_decay_type != 0) + (cfg.kl_weight > 0) + (candidate.remat not in ("none", "dots"))
+        passes = cfg.num_timesteps(steps) * forwards
+    states = candidate.per_shard * tokens(workload, editor) / context * shape.hidden * width * shape.num_blocks
+    per_pass = whole / tensor * (fsdp - 1) / fsdp
+    per_pass += states * 2 * 2 * (tensor - 1) / tensor + states * 4 * (context - 1) / context
+    gradient = 4.0 * workload.lora.rank * shape.num_blocks * (8 * shape.hidden + 2 * (shape.hidden + shape.mlp_hidden))
+    reduced = 2 * gradient * (candidate.shards - 1) / candidate.shards if phase == "train" else 0.0
+    return math.ceil(workload.samples / candidate.batch) * passes * per_pass + reduced
+
+
+def by_formula(workload: Workload, candidate: Candidate, topology: Topology, phase: str) -> dict[str, Any]:
+    """A phase of a row, without a compiler."""
+    editor = workload.editor(candidate.remat, "xla")
+    used = formula_memory(workload, editor, candidate, phase)
+    return {
+        "fits": used["total"] <= topology.chip.hbm,
+        "memory": used,
+        "need": used["total"],
+        "exchanged": formula_exchange(workload, editor, candidate, phase),
+    }

@@ -1,0 +1,149 @@
+"""The comparison as a table of text: for a terminal, for Markdown, and the cells of the HTML page."""
+
+from collections.abc import Mapping, Sequence
+
+from cocoedit_jax.planning.rows import Row, collective_names
+
+GIB = 2**30
+_GROUPS = {"all-gather": "AG", "all-reduce": "AR", "reduce-scatter": "RS", "all-to-all": "A2A",
+           "collective-permute": "CP", "collective-broadcast": "CB"}  # fmt: skip
+LEGEND = (
+    "GiB per device: arguments + what is beyond them, of each phase; against what a program may use. Exchange: GiB "
+    "that one device sends per step, and how often (AG all-gather, AR all-reduce, RS reduce-scatter, A2A all-to-all, "
+    "CP collective-permute)."
+)
+PREDICTED = (
+    "Seconds are predictions: the roofline of data-sheet peaks, the largest of arithmetic, memory traffic and "
+    "exchange, as if the other two were hidden behind it. Real steps take longer."
+)
+BY_FORMULA = "Memory and exchanges of these rows are by formula: no compiler was asked."
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value / GIB:.2f}"
+
+
+def seconds_text(phase: Mapping[str, object] | None) -> str:
+    """Median and quartiles where measured, the roofline and what bounds it where predicted."""
+    if not phase:
+        return "-"
+    measured, roofline = phase.get("measured"), phase.get("roofline")
+    if isinstance(measured, Mapping):
+        return f"{measured['median']:.3g} ({measured['q1']:.3g}..{measured['q3']:.3g})"
+    if isinstance(roofline, Mapping):
+        return f"{roofline['seconds']:.3g} {roofline['bound']}"
+    return "-"
+
+
+def verdict(row: Row) -> str:
+    """``fits``, or why not and by how much."""
+    if row["fits"]:
+        return "fits"
+    words = []
+    for name, phase in row["phases"].items():
+        if phase["fits"]:
+            continue
+        if phase.get("error"):
+            words.append(f"{name}: {str(phase['error']).splitlines()[0][:80]}")
+        elif phase.get("over"):
+            words.append(f"{name}: {phase['over'] / GIB:.2f} GiB too much")
+        else:
+            words.append(f"{name}: out of memory")
+    return "; ".join(words)
+
+
+def memory_text(phase: Mapping[str, object] | None) -> str:
+    """``arguments + temporaries`` or the need, in GiB."""
+    if not phase:
+        return "-"
+    used, need = phase.get("memory"), phase.get("need")
+    if isinstance(used, Mapping):
+        beyond = used["total"] - used["arguments"]
+        return f"{_gib(used['arguments'])} + {_gib(beyond)}"
+    return f"needs {_gib(need)}" if isinstance(need, float | int) else "-"
+
+
+def exchange_text(row: Row) -> str:
+    """GiB sent by one device per step, and counts by kind."""
+    totals: dict[str, float] = {}
+    size, known = 0.0, False
+    for phase in row["phases"].values():
+        known |= "exchanged" in phase
+        size += phase.get("exchanged", 0.0)
+        for kind, c in phase.get("collectives", {}).items():
+            totals[kind] = totals.get(kind, 0.0) + c["count"]
+    if not known:
+        return "-"
+    return " ".join([f"{size / GIB:,.1f}", *(f"{_GROUPS.get(kind, kind)} {n:,.0f}" for kind, n in totals.items())])
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells; columns that are the same everywhere, or empty, are left out, except the first ones."""
+    measured = any(row["method"] == "measured" for row in rows)
+    columns: dict[str, list[str]] = {
+        "layout": [row["layout"] for row in rows],
+        "where": [row["where"] for row in rows],
+        "px": [str(row["resolution"]) for row in rows],
+        "per shard": [str(row["per_shard"]) for row in rows],
+        "batch": [str(row["micro_batch"]) for row in rows],
+        "remat": [row["remat"] for row in rows],
+        "attention": [row["attention"] for row in rows],
+        "adapters": [row["adapters"] for row in rows],
+    }
+    optional = ("where", "px", "attention", "adapters")
+    columns = {k: v for k, v in columns.items() if k not in optional or len(set(v)) > 1}
+    for phase in ("rollout", "train"):
+        of = [row["phases"].get(phase) for row in rows]
+        if not any(of):
+            continue
+        if measured:
+            columns[f"{phase} peak GiB"] = [_gib((p or {}).get("need")) for p in of]
+            columns[f"{phase} compile s"] = [f"{(p or {}).get('compile_seconds', 0):.1f}" for p in of]
+        else:
+            columns[f"{phase} GiB"] = [memory_text(p) for p in of]
+        columns[f"{phase} s"] = [seconds_text(p) for p in of]
+        if measured:
+            columns[f"{phase} MFU"] = [f"{100 * p['mfu']:.1f} %" if p and "mfu" in p else "-" for p in of]
+    if not measured:
+        columns["of GiB"] = [_gib(next(iter(row["phases"].values()))["available"]) for row in rows]
+        columns["exchange GiB"] = [exchange_text(row) for row in rows]
+    columns["samples/s"] = [f"{row['samples_per_second']:.3g}" if "samples_per_second" in row else "-" for row in rows]
+    columns["verdict"] = [verdict(row) for row in rows]
+    kept = {k: v for k, v in columns.items() if k in ("layout", "verdict") or set(v) != {"-"}}
+    return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What must be said of the numbers."""
+    methods = {row["method"] for row in rows}
+    said = []
+    if methods - {"measured"}:
+        said += [LEGEND, PREDICTED]
+    if "by formula" in methods:
+        said.append(BY_FORMULA)
+    if "measured" in methods:
+        said.append("Seconds per step: median and quartiles of rounds in which all rows take turns; random weights. "
+                    f"MFU by formula, of the peak by {rows[0].get('peak_source')}.")  # fmt: skip
+    return said
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """For a terminal."""
+    header, body = cells(rows)
+    lines = [header, *body]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    out = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*out, "", *notes(rows)])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """For a document."""
+    header, body = cells(rows)
+    lines = [header, ["---"] + ["--:"] * (len(header) - 2) + ["---"], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def details(row: Row) -> str:
+    """Collectives of a row in words; empty where there are none."""
+    found = collective_names(row)
+    return f"{row['layout']}, {row['per_shard']} per shard, {row['remat']}: {found}" if found else ""

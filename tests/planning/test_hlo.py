@@ -1,0 +1,132 @@
+"""Counts and bytes of collectives, against programs whose exchanges are known by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from cocoedit_jax.planning.hlo import Collective, collectives, total_bytes
+from cocoedit_jax.sharding.mesh import make_mesh
+
+
+def compiled(function, sizes, *shapes, in_specs, out_specs):
+    mesh = make_mesh(sizes)
+    run = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.jit(run).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile().as_text()
+
+
+def test_loops_multiply_and_bytes_are_those_of_a_ring():
+    """3 x 5 gathers of [4, 6] shards over 4 devices; one sum of [2, 2] over 2; 3 permutations."""
+
+    def function(x, y):
+        def inner(carry, _):
+            whole = jax.lax.all_gather(carry, "fsdp", tiled=True)  # [16, 6]
+            return carry + jnp.sin(whole[:4] * whole[4:8]), None
+
+        def outer(carry, _):
+            carry, _ = jax.lax.scan(inner, carry, None, length=5)
+            return jax.lax.ppermute(carry, "fsdp", [(i, (i + 1) % 4) for i in range(4)]), None
+
+        x, _ = jax.lax.scan(outer, x, None, length=3)
+        return x, jax.lax.psum(y, "data")
+
+    text = compiled(
+        function, {"data": 2, "fsdp": 4}, (16, 6), (2, 2), in_specs=(P("fsdp"), P()), out_specs=(P("fsdp"), P())
+    )
+    found = collectives(text, devices=8)
+    assert found == {
+        "all-gather": Collective(15, 15 * 16 * 6 * 4 * 3 / 4),
+        "all-reduce": Collective(1, 2 * 2 * 2 * 4 / 2),
+        "collective-permute": Collective(3, 3 * 4 * 6 * 4),
+    }
+    assert total_bytes(found) == 15 * 288 + 16 + 288
+
+
+def test_reduce_scatter_and_all_to_all():
+    def function(x):
+        y = jax.lax.psum_scatter(x, "fsdp", tiled=True)  # [8, 4] -> [2, 4]
+        return y, jax.lax.all_to_all(x, "fsdp", 0, 1, tiled=True)
+
+    text = compiled(function, {"fsdp": 4}, (8, 4), in_specs=P(), out_specs=(P("fsdp"), P("fsdp")))
+    found = collectives(text, devices=4)
+    assert found["reduce-scatter"] == Collective(1, 8 * 4 * 4 * 3 / 4)
+    assert found["all-to-all"] == Collective(1, 8 * 4 * 4 * 3 / 4)
+
+
+def test_a_loop_of_unknown_length_runs_as_often_as_told():
+    def function(count, x):
+        return jax.lax.fori_loop(0, count[0].astype(jnp.int32), lambda i, x: jax.lax.psum(x, "fsdp"), x)
+
+    text = compiled(function, {"fsdp": 4}, (1,), (8,), in_specs=(P(), P()), out_specs=P())
+    assert collectives(text, 4)["all-reduce"].count == 1
+    assert collectives(text, 4, unknown_trips=7) == {"all-reduce": Collective(7, 7 * 2 * 8 * 4 * 3 / 4)}
+
+
+# As the TPU compiler writes them: loops by their conditions, asynchronous halves, pieces, tuples, layouts with
+# commas, groups in two notations.
+TPU = """HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%wrapped (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %rs = bf16[8,128]{1,0:T(8,128)(2,1)} reduce-scatter(%p), channel_id=9, replica_groups=[4,4]<=[16], to_apply=%add
+}
+
+%body (t: (s32[], bf16[64,1024])) -> (s32[], bf16[64,1024]) {
+  %t = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %cp = (bf16[1,64,1024]{2,1,0:T(8,128)(2,1)S(1)}, bf16[1,64,1024]{2,1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%t), channel_id=3, source_target_pairs={{0,15},{1,0}}, metadata={op_name="while/body" calls="x"}
+  %cpd = bf16[1,64,1024]{2,1,0:T(8,128)(2,1)S(1)} collective-permute-done(%cp)
+  %rss = ((bf16[32,128]{1,0}), bf16[8,128]{1,0}, s32[]) async-start(%t), calls=%wrapped
+  %rsd = bf16[8,128]{1,0:T(8,128)(2,1)} async-done(%rss), calls=%wrapped
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  %copy.1 = s32[]{:T(128)} copy(%i)
+  %step = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%copy.1, %step)
+  ROOT %out = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, /*index=1*/%cpd)
+}
+
+%cond (t: (s32[], bf16[64,1024])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(11)
+  %t = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT, metadata={op_name="jit(f)/while/cond/lt"}
+}
+
+%async_collective_fusion.1 (p: bf16[64,1024]) -> bf16[256,1024] {
+  %p = bf16[64,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %piece = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=5, replica_groups=[4,4]<=[16], dimensions={0}
+}
+
+ENTRY %main (x: bf16[64,1024]) -> bf16[64,1024] {
+  %x = bf16[64,1024]{1,0:T(8,128)(2,1)} parameter(0)
+  %ag = (bf16[64,1024]{1,0:T(8,128)(2,1)}, bf16[256,1024]{1,0:T(8,128)(2,1)}) all-gather-start(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}, dimensions={0}
+  %agd = bf16[256,1024]{1,0:T(8,128)(2,1)} all-gather-done(%ag)
+  %f1 = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %f2 = bf16[256,1024]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %ar = (f32[16]{0:T(128)}, f32[4,4]{1,0:T(4,128)}) all-reduce(%x, %x), channel_id=2, replica_groups={}, to_apply=%add
+  ROOT %w = (s32[]{:T(128)}, bf16[64,1024]{1,0:T(8,128)(2,1)S(1)}) while(%x), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}, backend_config={"flag_configs":[]}
+}
+"""  # noqa: E501
+
+
+def test_the_notation_of_tpu_programs():
+    assert collectives(TPU, devices=16) == {
+        "all-gather": Collective(2, 2 * 256 * 1024 * 2 * 3 / 4),
+        "all-reduce": Collective(1, 2 * 2 * 16 * 4 * 15 / 16),
+        "collective-permute": Collective(6, 6 * 64 * 1024 * 2),
+        "reduce-scatter": Collective(6, 6 * 8 * 128 * 2 * 3),
+    }
+
+
+@pytest.mark.parametrize(
+    "dtype, size", [("pred", 1), ("bf16", 2), ("f8e4m3fn", 1), ("s4", 0.5), ("c64", 8), ("u32", 4)]
+)
+def test_sizes_of_types(dtype, size):
+    line = f"  ROOT %r = {dtype}[8]{{0}} collective-permute(%x), source_target_pairs={{{{0,1}}}}\n"
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line}}}\n"
+    assert collectives(text)["collective-permute"].bytes == 8 * size

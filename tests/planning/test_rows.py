@@ -1,0 +1,166 @@
+"""Rows, the choice among them, and how they are shown; with a compiler that is not there."""
+
+import json
+
+import jax
+import pytest
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.planning import compiler, predict, rows, tables
+from cocoedit_jax.planning.chips import GIB, parse_topology
+from cocoedit_jax.planning.compiler import Cache, parse_out_of_memory
+from cocoedit_jax.planning.page import page
+from cocoedit_jax.planning.workload import Workload, choose_candidates
+from cocoedit_jax.train.plan import memory
+from configs import flux_kontext
+
+# As libtpu 0.0.42.1 and XLA's GPU allocator write it.
+TPU_MESSAGE = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (22.35G) exceeds "
+    "available HBM (15.75G)."
+)
+GPU_MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 25769803776 bytes."
+
+
+@pytest.mark.parametrize(
+    "message, need, available",
+    [
+        (TPU_MESSAGE, 22.35 * GIB, 15.75 * GIB),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.",
+            20 * GIB,
+            15.75 * GIB,
+        ),
+        (GPU_MESSAGE, 24 * GIB, None),
+        ("RESOURCE_EXHAUSTED: no figures", None, None),
+    ],
+)
+def test_messages_of_too_little_memory(message, need, available):
+    assert parse_out_of_memory(message) == {"need": need, "available": available}
+
+
+def test_another_message_is_none_of_them():
+    assert parse_out_of_memory("INTERNAL: Mosaic failed") is None
+
+
+@pytest.fixture(scope="module")
+def workload():
+    return Workload.of(flux_kontext.get_config())
+
+
+class Compiled:
+    """What a compiler would say of 10 GiB with one gather of 16 MiB per execution."""
+
+    class Analysis:
+        argument_size_in_bytes, output_size_in_bytes, alias_size_in_bytes = 2 * GIB, 1 * GIB, 1 * GIB
+        temp_size_in_bytes = 8 * GIB
+
+    def memory_analysis(self):
+        return self.Analysis
+
+    def as_text(self):
+        gather = "bf16[8388608]{0} all-gather(%x), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}"
+        return f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %r = {gather}\n}}\n"
+
+
+class Lowered:
+    def __init__(self, candidate):
+        self.candidate = candidate
+
+    def compile(self):
+        if self.candidate.per_shard > 2:
+            raise jax.errors.JaxRuntimeError(TPU_MESSAGE)
+        return Compiled()
+
+
+@pytest.fixture
+def planned(workload, tmp_path, monkeypatch):
+    """Three rows on v5e:4x4, of which the last needs too much; and how many programs were compiled."""
+    compiled = []
+
+    def lower(workload, candidate, phase, mesh):
+        compiled.append((candidate.per_shard, phase))
+        return Lowered(candidate)
+
+    class Device:
+        platform, device_kind = "tpu", "TPU v5 lite"
+
+        def __init__(self, number):
+            self.id, self.process_index = number, 0
+
+    monkeypatch.setattr(rows, "load_topology", lambda topology: [Device(i) for i in range(topology.devices)])
+    monkeypatch.setattr(compiler, "make_mesh", lambda sizes, devices: None)
+    topology = parse_topology("v5e:4x4")
+    candidates = choose_candidates(workload, 16, layouts=["fsdp"], per_shard=[1, 2, 3])
+
+    def run():
+        return rows.planned_rows(workload, candidates, topology, Cache(tmp_path), lower=lower)
+
+    return run, compiled
+
+
+def test_out_of_memory_is_a_row_and_nothing_is_compiled_twice(planned, workload):
+    run, compiled = planned
+    found = run()
+    assert [row["fits"] for row in found] == [True, True, False]
+    assert found[2]["phases"]["train"]["over"] == pytest.approx(6.6 * GIB)
+    assert len(compiled) == 6
+    assert run() == found and len(compiled) == 6
+    train, rollout = found[0]["phases"]["train"], found[0]["phases"]["rollout"]
+    assert train["memory"]["total"] == 10 * GIB
+    # The rollout's program runs 288 / 16 times in a step; 15/16 of 16 MiB each time.
+    assert rollout["collectives"]["all-gather"] == {"count": 18, "bytes": 18 * 15 * 2**20}
+    assert train["collectives"]["all-gather"] == {"count": 1, "bytes": 15 * 2**20}
+    flops = predict.executed_flops(workload, workload.editor("full", "xla"), "full")
+    assert train["roofline"]["compute"] == pytest.approx(flops["train"] / 16 / 197e12)
+    assert found[0]["step_seconds"] == train["roofline"]["seconds"] + rollout["roofline"]["seconds"]
+
+
+def test_recommendation(planned, workload):
+    found = planned[0]()
+    chosen = rows.recommend(found)
+    assert chosen["per_shard"] == 2  # the same arithmetic with half the traffic of weights
+    command = rows.training_command(chosen, workload, "configs/flux_kontext.py", ["--config.data.resolution=512"])
+    assert command == (
+        "python -m launch.train --config=configs/flux_kontext.py --config.data.resolution=512 "
+        "--config.mesh.layout=fsdp --config.rollout.batch_size=32 --config.train.micro_batch=32 "
+        "--config.model.remat=full --config.model.attention=auto --config.evaluation.batch_size=16"
+    )
+    with pytest.raises(UserError, match=r"none of 1 fits; closest: fsdp, 3 per shard.*6\.60 GiB too much"):
+        rows.recommend(found[2:])
+
+
+def test_table_json_and_page(planned, workload):
+    found = planned[0]()
+    table = tables.text_table(found)
+    assert "2.00 + 8.00" in table and "15.75" in table and "rollout: 6.60 GiB too much" in table
+    assert "predictions" in table
+    assert len(tables.markdown_table(found).splitlines()) == 5
+    json.dumps(found, allow_nan=False)
+    text = page(found, "settings & more", "python -m launch.train", found[0])
+    assert "settings &amp; more" in text and text.count("<img") == 2 and "http" not in text
+    assert "all-gather 19" in text
+
+
+def test_gpus_by_formula(workload, tmp_path):
+    candidates = choose_candidates(workload, 8, layouts=["replicated", "fsdp"], per_shard=[2])
+    whole, split = rows.planned_rows(workload, candidates, parse_topology("h100:8"), Cache(tmp_path))
+    arguments = [row["phases"]["rollout"]["memory"]["arguments"] for row in (whole, split)]
+    assert arguments[0] == pytest.approx(23.8e9 + 0.34e9 + 0.2e9, rel=0.02)  # base, autoencoder, adapter
+    assert arguments[0] - arguments[1] == pytest.approx(23.8e9 * 7 / 8, rel=0.01)
+    assert whole["method"] == "by formula" and tables.BY_FORMULA in tables.text_table([whole, split])
+    assert split["phases"]["rollout"]["exchanged"] == pytest.approx(18 * 10 * 23.8e9 * 7 / 8, rel=0.01)
+
+
+def test_bad_candidates_are_named_together(workload):
+    with pytest.raises(UserError) as error:
+        choose_candidates(workload, 16, layouts=["fsdb", "fsdp_tensor:tensor=5"], per_shard=[0], remat=["some"])
+    for text in ("fsdb", "tensor=5", "--per_shard=0", "--remat=some"):
+        assert text in str(error.value)
+    candidates = choose_candidates(workload, 128, layouts=["fsdp"])
+    with pytest.raises(UserError, match=r"288 samples; expected a multiple of the \[128\]"):
+        rows.check_samples(workload, candidates)
+
+
+def test_memory_of_the_fake_is_read_like_a_real_one():
+    assert memory(Compiled())["temporaries"] == 8 * GIB  # pyright: ignore

@@ -78,7 +78,10 @@ def unpack_cocoedit(source: Path | str, out: Path | str, *, partial: bool = Fals
                     name = find(member.name)
                     return folder / name if name in needed else None
 
-                unpack(archive, target, done=lambda _, fresh: bar.update(int(fresh)))
+                def done(member: Member, fresh: bool) -> None:
+                    bar.update(int(fresh))
+
+                unpack(archive, target, done=done)
         keep = {record.line for record in complete} | {fault.line for fault in faults}
         lines = (source / METADATA).read_bytes().splitlines(keepends=True)
         chosen = [line for number, line in enumerate(lines, start=1) if number in keep]

@@ -1,6 +1,7 @@
 """Packed folders: what training reads of them is what it reads of the files."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,8 @@ def test_orientation_is_applied(tmp_path):
     Image.fromarray(mask).save(root / "m.png")
     (root / "metadata.jsonl").write_text('{"prompt": "p", "image": "a.jpg", "mask": "m.png"}\n')
     pack_folder(root, tmp_path / "packed")
-    items = [record_dataset(read_records(r, Framing(16)).records, Framing(16))[0] for r in (root, tmp_path / "packed")]
+    items: list[Any] = [
+        record_dataset(read_records(r, Framing(16)).records, Framing(16))[0] for r in (root, tmp_path / "packed")
+    ]
     np.testing.assert_array_equal(items[0]["image"], items[1]["image"])
     np.testing.assert_array_equal(items[0]["edit_mask"], items[1]["edit_mask"])

@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,8 @@ def test_splash_blocks(length, size):
 def test_cudnn_counts_keys_instead_of_masking_them(length):
     """With XLA in cuDNN's place, which takes the same arguments."""
     q, k, v, mask = draw((3, length, length, 2, 6))
-    by_count = functools.partial(BACKENDS["cudnn"], implementation="xla")
+    cudnn: Any = BACKENDS["cudnn"]
+    by_count = functools.partial(cudnn, implementation="xla")
     for a, b in zip(
         value_and_gradients(by_count, q, k, v, mask), value_and_gradients(BACKENDS["xla"], q, k, v, mask), strict=True
     ):

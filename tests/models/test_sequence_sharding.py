@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ def assert_one_devices(apply, hidden, sizes):
     "kind, sizes", [("flux", {"data": 2, "context": 2, "tensor": 2}), ("qwen", {"context": 4})], ids=["flux", "qwen"]
 )
 def test_velocity_and_gradient_are_one_devices(kind, sizes):
+    apply: Any
     apply, hidden = case(kind, 4, 8)
     assert_one_devices(jax.value_and_grad(lambda x: jnp.sum(apply(x) ** 2)), hidden, sizes)
 
@@ -99,5 +101,6 @@ def test_a_block_holds_and_sends_its_share(backend):
     share = (TEXT + IMAGE) * HIDDEN // 4
     kind = "all-to-all" if backend == "ulysses" else "collective-permute"
     assert set(sent) == {kind} and sent[kind] <= share
-    memory = [x.memory_analysis().temp_size_in_bytes for x in (whole, split)]
+    analyses: list[Any] = [x.memory_analysis() for x in (whole, split)]
+    memory = [analysis.temp_size_in_bytes for analysis in analyses]
     assert memory[1] < 0.5 * memory[0]

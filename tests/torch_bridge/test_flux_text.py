@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cocoedit_jax.data import prepare
+from cocoedit_jax.data.check import check_folder
 from cocoedit_jax.data.records import read_metadata
 from cocoedit_jax.data.text_cache import TextCache
 from cocoedit_jax.data.text_identity import text_identity
@@ -156,7 +157,7 @@ def test_command(model, data):
     np.testing.assert_array_equal(found["pooled"][:3].view(np.uint16), pooled.view(np.uint16))
     # The folder is still a data folder.
     with pytest.raises(UserError, match="1 of 7 records cannot be used: 1 x missing field"):
-        prepare.check_folder(data, 32)
+        check_folder(data, 32)
 
     with pytest.raises(UserError, match="dtype bfloat16, expected float32"):
         encode_folder(data, model, 128, dtype="float32")

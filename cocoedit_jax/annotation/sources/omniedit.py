@@ -89,7 +89,7 @@ def _one(folder: Path, part: str, number: int, row: dict[str, Any]) -> dict[str,
     picture = row["src_img"]
     data = picture.get("bytes") if isinstance(picture, dict) else picture
     suffix = release.suffix_of(data) if isinstance(data, bytes) and data else None
-    if suffix is None:
+    if suffix is None or not isinstance(data, bytes):
         return where | {"reason": "no readable source picture"}
     # By content: the release edits many a picture in several ways, in several files.
     digest = hashlib.sha256(data).hexdigest()

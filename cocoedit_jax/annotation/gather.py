@@ -84,7 +84,7 @@ def _gather(store: Store, settings: Settings) -> Outcome:
                     images.add(image)
                     row = _metadata(store, chosen, image, settings)
                     if annotation.item.id in repeats.looks:
-                        row.setdefault("source_image", repeats.looks[annotation.item.id])
+                        row.setdefault("source_group", repeats.looks[annotation.item.id])
                     files["kept"].write(json.dumps(row, ensure_ascii=False) + "\n")
                 else:
                     reasons[f"{chosen.status}: {chosen.reason}"] += 1

@@ -178,7 +178,7 @@ def unpack(
     target: Callable[[Member], Path | None],
     *,
     max_bytes: int = MAX_FILE_BYTES,
-    done: Callable[[Member, bool], None] | None = None,
+    done: Callable[[Member, bool], object] | None = None,
 ) -> int:
     """Writes the members for which `target` gives a path; returns how many were written anew.
 

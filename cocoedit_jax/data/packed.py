@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
 import safetensors
 from safetensors.numpy import save
@@ -74,6 +73,8 @@ class Pack:
             problems.append(f"{metadata}: changed since it was packed; its lines no longer fit {root / PACK}")
         if problems:
             raise UserError("\n".join(problems))
+        import grain  # takes seconds to load, and few commands need it
+
         self._root = root
         self._ends = list(itertools.accumulate(part.count for part in self.parts))
         # With the counts given, files are opened when they are first read.

@@ -17,7 +17,7 @@ from cocoedit_jax.annotation.fake import FakeModel
 from cocoedit_jax.annotation.record import read_annotations
 from cocoedit_jax.annotation.store import Store, file_stem, parse_range
 from cocoedit_jax.data.images import Framing
-from cocoedit_jax.data.records import read_records
+from cocoedit_jax.data.records import read_records, source_key
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.rewards.chat import ChatReply, Failure
 from tests.annotation.helpers import contents, finish, lines
@@ -97,8 +97,10 @@ def test_repeats_leave_the_best(settings, photos, tmp_path):
         "kept" if value == max(total) else "rejected" for value in total
     ] and total[0] != total[1]
     kept = lines(tmp_path / "out/metadata.jsonl")
-    groups = [row.get("source_image") for row in kept]
-    assert len(set(groups)) == 2 and groups.count(None) == 1, "what looks the same stays on one side of a split"
+    groups = [row.get("source_group") for row in kept]
+    assert len(set(groups)) == 2 and groups.count(None) == 1
+    sources = [source_key(record) for record in read_records(tmp_path / "out", Framing(64)).records]
+    assert len(set(sources)) == 2, "what looks the same stays on one side of training's split"
     # Equal files only: these are not.
     exact = replace(low, filter=replace(low.filter, duplicates="exact"))
     assert finish(exact, tmp_path / "out", refilter=True).kept == 4

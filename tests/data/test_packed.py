@@ -1,7 +1,6 @@
 """Packed folders: what training reads of them is what it reads of the files."""
 
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -115,13 +114,7 @@ def test_orientation_is_applied(tmp_path):
     Image.fromarray(mask).save(root / "m.png")
     (root / "metadata.jsonl").write_text('{"prompt": "p", "image": "a.jpg", "mask": "m.png"}\n')
     pack_folder(root, tmp_path / "packed")
-<<<<<<< HEAD
-    items: list[Any] = [
-        record_dataset(read_records(r, Framing(16)).records, Framing(16))[0] for r in (root, tmp_path / "packed")
-    ]
-=======
     items = [record_dataset(read_records(r, Framing(16)).records, Framing(16))[0] for r in (root, tmp_path / "packed")]
     assert items[0] is not None and items[1] is not None
->>>>>>> wt-annotdata
     np.testing.assert_array_equal(items[0]["image"], items[1]["image"])
     np.testing.assert_array_equal(items[0]["edit_mask"], items[1]["edit_mask"])

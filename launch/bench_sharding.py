@@ -5,9 +5,9 @@
         --layouts=fsdp,fsdp_tensor --per_shard=1,2 --remat=full,attention --recommend      # planned by the TPU compiler
     python -m launch.bench_sharding --config=configs/flux_kontext.py --topology=h100:8     # by formula
 
-Every layout x --per_shard x --remat x --attention is a row. Writes OUT/sharding.json and OUT/sharding.html. Planning for
-TPUs needs no TPU: pip install 'cocoedit-jax[tpu]' (or TPU_LIBRARY_PATH=.../libtpu.so) and JAX_PLATFORMS=cpu. A program
-takes the compiler one to three minutes, once: results are kept in --cache, so that a later call goes on or is instant.
+Every layout x --per_shard x --remat x --attention is a row. Writes OUT/sharding.json and OUT/sharding.html. Planning
+for TPUs needs no TPU: pip install 'cocoedit-jax[tpu]' (or TPU_LIBRARY_PATH=.../libtpu.so) and JAX_PLATFORMS=cpu. One
+program takes the compiler minutes, once: results are kept in --cache, so that a later call goes on or is instant.
 """
 
 import sys

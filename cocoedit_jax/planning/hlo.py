@@ -4,11 +4,11 @@ The text names every instruction once; one inside of a loop runs as often as the
 ``known_trip_count``, except in programs for TPUs. There it follows from the loop's condition and its counter's step;
 the counter starts at 0, as those of JAX and of XLA's own loops over shards do.
 
-A TPU program may run one collective in pieces, each fused with other work; its pieces have one channel, and count once.
+A TPU program may run a collective in pieces, each fused with other work; they have one channel, and count once.
 
-Bytes are those that one device sends in a ring (the bandwidth-optimal algorithm of NCCL and of TPU tori): with g devices
-in a group, (g - 1) / g of the result for all-gather, of the operand for reduce-scatter and all-to-all, twice that for
-all-reduce, the whole operand for collective-permute.
+Bytes are those that one device sends in a ring (the bandwidth-optimal algorithm of NCCL and of TPU tori): with g
+devices in a group, (g - 1) / g of the result for all-gather, of the operand for reduce-scatter and all-to-all, twice
+that for all-reduce, the whole operand for collective-permute.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ def _sent(kind: str, is_start: bool, shape: str, line: str, devices: int) -> flo
 
 @dataclasses.dataclass
 class _Computation:
-    own: dict[str, tuple[str, float]] = dataclasses.field(default_factory=dict)  # channel -> kind, bytes
+    own: list[tuple[str, str, float]] = dataclasses.field(default_factory=list)  # channel, kind, bytes
     fused: list[str] = dataclasses.field(default_factory=list)  # computations of fusions
     calls: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # name; times, or _Loop where not noted
     scalars: dict[str, tuple[str, str, str]] = dataclasses.field(default_factory=dict)  # operation, operands, index
@@ -148,8 +148,8 @@ def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
             kind = found.group(1).removeprefix("ragged-")
             shape = body[: max(0, found.start() - 1)]
             channel = _CHANNEL.search(body)
-            key = channel.group(1) if channel else start
-            current.own[key] = kind, _sent(kind, bool(found.group(2)), shape, body, devices)
+            sent = _sent(kind, bool(found.group(2)), shape, body, devices)
+            current.own.append((channel.group(1) if channel else start, kind, sent))
             continue  # what it applies is an addition
         if "-done(" in body or "-update(" in body:
             continue  # the other half of what "start" called
@@ -204,13 +204,15 @@ def collectives(text: str, devices: int = 1, unknown_trips: float = 1.0) -> dict
     computations, entry = _parse(text, devices)
     memo: dict[tuple[str, bool], dict[str, Collective]] = {}
 
-    def by_channel(name: str) -> dict[str, tuple[str, float]]:
-        """Those of a computation and its fusions."""
+    def own_and_fused(name: str) -> list[tuple[str, str, float]]:
+        """Those of a computation and its fusions, pieces once."""
         computation = computations.get(name, _Computation())
-        found = dict(computation.own)
+        found, seen = list(computation.own), {piece[:2] for piece in computation.own}
         for fused in computation.fused:
-            for channel, value in by_channel(fused).items():
-                found.setdefault(channel, value)
+            for piece in own_and_fused(fused):
+                if piece[:2] not in seen:
+                    seen.add(piece[:2])
+                    found.append(piece)
         return found
 
     def total(name: str, in_unknown: bool) -> dict[str, Collective]:
@@ -218,7 +220,7 @@ def collectives(text: str, devices: int = 1, unknown_trips: float = 1.0) -> dict
             return memo[name, in_unknown]
         out: dict[str, Collective] = {}
         computation = computations.get(name, _Computation())
-        for kind, size in by_channel(name).values():
+        for _, kind, size in own_and_fused(name):
             out[kind] = out.get(kind, Collective()) + Collective(1, size)
         for called, times in computation.calls:
             if isinstance(times, _Loop):

@@ -142,8 +142,8 @@ def page(rows: Sequence[Row], settings: str, command: str = "", chosen: Row | No
     if command and chosen is not None:
         parts += [
             html.heading("Recommended"),
-            html.paragraph(f"{chosen['layout']} on {chosen['where']}, {chosen['per_shard']} per shard, remat {chosen['remat']}: "
-                           f"{chosen['samples_per_second']:.3g} samples per second"
+            html.paragraph(f"{chosen['layout']} on {chosen['where']}, {chosen['per_shard']} per shard, remat "
+                           f"{chosen['remat']}: {chosen['samples_per_second']:.3g} samples per second"
                            + ("" if chosen["method"] == "measured" else " at most (prediction)") + "."),
             html.code(command),
         ]  # fmt: skip

@@ -8,13 +8,13 @@ GIB = 2**30
 _GROUPS = {"all-gather": "AG", "all-reduce": "AR", "reduce-scatter": "RS", "all-to-all": "A2A",
            "collective-permute": "CP", "collective-broadcast": "CB"}  # fmt: skip
 LEGEND = (
-    "GiB per device: arguments + temporaries (beyond arguments) of the phase; against what a program may use. Exchange: "
-    "GiB that one device sends per step, and how often (AG all-gather, AR all-reduce, RS reduce-scatter, A2A all-to-all, "
+    "GiB per device: arguments + what is beyond them, of each phase; against what a program may use. Exchange: GiB "
+    "that one device sends per step, and how often (AG all-gather, AR all-reduce, RS reduce-scatter, A2A all-to-all, "
     "CP collective-permute)."
 )
 PREDICTED = (
-    "Seconds are predictions: the roofline of data-sheet peaks, the largest of arithmetic, memory traffic and exchange, "
-    "as if the other two were hidden behind it. Real steps take longer."
+    "Seconds are predictions: the roofline of data-sheet peaks, the largest of arithmetic, memory traffic and "
+    "exchange, as if the other two were hidden behind it. Real steps take longer."
 )
 BY_FORMULA = "Memory and exchanges of these rows are by formula: no compiler was asked."
 
@@ -122,8 +122,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if "by formula" in methods:
         said.append(BY_FORMULA)
     if "measured" in methods:
-        said.append("Seconds per step: median and quartiles of rounds in which all rows take turns; random weights. MFU "
-                    f"by formula, of the peak by {rows[0].get('peak_source')}.")  # fmt: skip
+        said.append("Seconds per step: median and quartiles of rounds in which all rows take turns; random weights. "
+                    f"MFU by formula, of the peak by {rows[0].get('peak_source')}.")  # fmt: skip
     return said
 
 

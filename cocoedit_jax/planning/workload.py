@@ -102,7 +102,7 @@ class Workload:
         model = self.config.model
         if model.kind == "quickstart":
             text: Any = self.editor("none", "xla").text
-            return text.encoder.max_words
+            return text.encoder.max_length
         return model.text_tokens or QWEN_TEXT_TOKENS
 
     def shape(self, candidate: Candidate) -> StepShape:

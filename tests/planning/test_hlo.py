@@ -62,7 +62,8 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
     assert collectives(text, 4, unknown_trips=7) == {"all-reduce": Collective(7, 7 * 2 * 8 * 4 * 3 / 4)}
 
 
-# As the TPU compiler writes them: loops by their conditions, asynchronous halves, tuples, layouts with commas, groups in two notations.
+# As the TPU compiler writes them: loops by their conditions, asynchronous halves, pieces, tuples, layouts with
+# commas, groups in two notations.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {

@@ -25,40 +25,28 @@ from cocoedit_jax.train.step import StepBatch, StepScalars
 Arrays = Any
 
 
+_HOST_BYTES = 2**24  # larger arrays are made on the devices
+
+
 def fill(shapes: Any, seed: int = 0) -> Arrays:
     """Arrays of ``shapes`` (ShapeDtypeStructs with shardings): small random numbers, zeros for whole numbers, True.
 
-    Made in place on every device, none of them whole on one.
+    Large ones are made in place, never whole on one device.
     """
-    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(seed)
 
-    def make(index: int, x: Any) -> Any:
+    def make(x: Any) -> Any:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.split(jax.random.key(seed), x.shape) if x.shape else jax.random.key(seed)
-        if x.dtype == jnp.bool_:
-            return jnp.ones(x.shape, x.dtype)
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.zeros(x.shape, x.dtype)
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        return 0.02 * jax.random.normal(key, x.shape, x.dtype)
+            keys = jax.random.split(jax.random.key(seed), x.shape) if x.shape else jax.random.key(seed)
+            return jax.device_put(keys, x.sharding)
+        if x.dtype == jnp.bool_ or not jnp.issubdtype(x.dtype, jnp.floating):
+            return jax.device_put(np.full(x.shape, x.dtype == jnp.bool_, x.dtype), x.sharding)
+        if x.size * x.dtype.itemsize <= _HOST_BYTES:
+            return jax.device_put((0.02 * rng.standard_normal(x.shape)).astype(x.dtype), x.sharding)
+        draw = jax.jit(lambda key: 0.02 * jax.random.normal(key, x.shape, x.dtype), out_shardings=x.sharding)
+        return draw(jax.random.key(int(rng.integers(2**31))))
 
-    out = []
-    for index, x in enumerate(leaves):  # one at a time: the random bits of a whole model would not fit beside it
-        out.append(jax.jit(make, static_argnums=(0, 1), out_shardings=x.sharding)(index, _Hashable(x)))
-    return tree.unflatten(out)
-
-
-class _Hashable:
-    """Shape and dtype, as a static argument."""
-
-    def __init__(self, x: Any):
-        self.shape, self.dtype = tuple(x.shape), x.dtype
-
-    def __hash__(self) -> int:
-        return hash((self.shape, self.dtype))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and (self.shape, self.dtype) == (other.shape, other.dtype)
+    return jax.tree.map(make, shapes)
 
 
 def _usable_batch(batch: StepBatch) -> StepBatch:
@@ -192,10 +180,8 @@ def _first_run(
     for alone in (False, True):
         if alone and not held:
             break
-        kept = dict(held) if alone else {}
         if alone:
             held.clear()  # the others may be why: give their memory back
-            kept.clear()
             gc.collect()
         try:
             made = make()

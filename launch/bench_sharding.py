@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
 
     override = config_flags.get_override_values(flags.FLAGS["config"])
     overrides = [f"--config.{key}={value}" for key, value in override.items()]
-    path = flags.FLAGS["config"].config_filename
+    path: str = flags.FLAGS["config"].config_filename  # pyright: ignore[reportAttributeAccessIssue]
     chosen, line = None, ""
     if any(row["fits"] for row in found):
         chosen = rows.recommend(found)

@@ -164,7 +164,7 @@ def _problem(key: str, value: Any, kind: Any) -> str | None:
         low, high = _BOUNDS.get(key, _SHARE)
         word = "a whole number" if kind is int else "a number"
         number = type(value) is int or (type(value) is float and kind is not int)
-        if not number or not math.isfinite(value) or not low <= value <= high:
+        if value is None or not number or not math.isfinite(value) or not low <= value <= high:
             return f"{word} from {low:g} to {high:g}" + (", or None" if kind == float | None else "")
     elif kind is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(entry, str) and entry for entry in value):

@@ -99,7 +99,8 @@ def _zero_moments(state: Any) -> Any:
 def peak_memory(devices: Sequence[Any]) -> int | None:
     """Most bytes that one of ``devices`` has held so far; None where the platform does not tell."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
-    return None if any(p is None for p in peaks) else max(peaks)
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if len(known) == len(peaks) else None
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,22 +61,24 @@ def annotate(
         model, later = None, bool(accept_batch) or STAGES.index(emit_batch or "") > STAGES.index("mask")
     else:
         model, later = engine.make_model(settings), engine_name == "local"
-    segmenter = make_segmenter(settings.mask.segmenter, settings.mask.options) if later else None
-    if model is not None:
-        convention = engine.probe(model, settings, prompts)
-    if store is None:
-        store = _lay_out(output, items, plan, settings)
-    numbers = store.numbers((i, n))
-    worker = Worker(store, Rules(settings, prompts, convention), model, segmenter)
-    if engine_name == "ray":
-        from cocoedit_jax.annotation.ray_engine import run_ray
+    with contextlib.ExitStack() as stack:
+        stack.callback(getattr(model, "close", lambda: None))
+        segmenter = make_segmenter(settings.mask.segmenter, settings.mask.options) if later else None
+        if model is not None:
+            convention = engine.probe(model, settings, prompts)
+        if store is None:
+            store = _lay_out(output, items, plan, settings)
+        numbers = store.numbers((i, n))
+        worker = Worker(store, Rules(settings, prompts, convention), model, segmenter)
+        if engine_name == "ray":
+            from cocoedit_jax.annotation.ray_engine import run_ray
 
-        run_ray(output, settings, convention, numbers)
-    elif model is None:
-        return _by_batch(worker, numbers, emit_batch, accept_batch, part)
-    else:
-        engine.run_stages(worker, numbers)
-    return _gather_or_tell(store, settings, part)
+            run_ray(output, settings, convention, numbers)
+        elif model is None:
+            return _by_batch(worker, numbers, emit_batch, accept_batch, part)
+        else:
+            engine.run_stages(worker, numbers)
+        return _gather_or_tell(store, settings, part)
 
 
 def _lay_out(output: Path, items: Sequence[Item] | None, plan: Mapping[str, Any], settings: Settings) -> Store:

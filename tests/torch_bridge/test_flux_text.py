@@ -156,7 +156,7 @@ def test_command(model, data):
     np.testing.assert_array_equal(found["text"][:3].view(np.uint16), text.view(np.uint16))
     np.testing.assert_array_equal(found["pooled"][:3].view(np.uint16), pooled.view(np.uint16))
     # The folder is still a data folder.
-    with pytest.raises(UserError, match="1 of 7 records cannot be used: 1 x missing field"):
+    with pytest.raises(UserError, match=r"1 of 7 records cannot be used\n\n1 problems: 1 x missing field"):
         check_folder(data, 32)
 
     with pytest.raises(UserError, match="dtype bfloat16, expected float32"):

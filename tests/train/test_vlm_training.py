@@ -18,6 +18,9 @@ from cocoedit_jax.train.setup import build
 from tests.rewards.fake_judge import TRANSIENT, FakeJudge, parts_of, true_score
 from tests.train.tiny import tiny_config
 
+# What is scored before a server dies must not depend on how busy this machine is.
+PATIENT = {"timeout_s": 4.0, "connect_timeout_s": 4.0, "step_deadline_s": 6.0, "start_deadline_s": 6.0}
+
 
 def vlm_config(base, data, url: str, options: dict | None = None, **overrides):
     config = tiny_config(
@@ -45,9 +48,9 @@ def test_a_judge_that_dies_stops_the_run_and_nothing_is_lost(tiny_base, tiny_dat
     small = {"evaluation.scenes": 4, "train.steps": 2}
     start = 1 + 1 + 4 + 16  # probe, token ids, evaluation of the base, the first step
     with FakeJudge() as server:
-        train(build(vlm_config(tiny_base, tiny_data, server.url, **small)), tmp_path / "straight")
+        train(build(vlm_config(tiny_base, tiny_data, server.url, PATIENT, **small)), tmp_path / "straight")
         assert len(server.bodies) == start + 16 + 4
-    run, options = tmp_path / "stopped", {"cache_dir": str(tmp_path / "cache")}
+    run, options = tmp_path / "stopped", PATIENT | {"cache_dir": str(tmp_path / "cache")}
     with FakeJudge() as dying:
         dying.faults = [""] * (start + 5) + ["503"] * 100_000
         with pytest.raises(UserError) as error:

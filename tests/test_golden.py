@@ -1,6 +1,5 @@
 """Numbers of the released PyTorch code, recomputed here: every case of the golden files, values and gradients."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -15,19 +14,17 @@ from cocoedit_jax.nft.objective import ObjectiveInputs, nft_objective, reduce_mi
 from cocoedit_jax.nft.presets import preset
 from cocoedit_jax.rewards.pixel import pixel_reward
 
-GOLDEN = Path(os.environ.get("COCOEDIT_GOLDEN_DIR", Path(__file__).parents[2] / "shared" / "golden"))
+GOLDEN = Path(__file__).parent / "golden"
 VAE_FACTOR, PATCH = 8, 2
 
 
 def load(name):
-    """``{case: {key: array}}``; empty where the file is absent."""
-    path = GOLDEN / f"{name}.npz"
+    """``{case: {key: array}}``."""
     cases = {}
-    if path.exists():
-        with np.load(path) as file:
-            for key in file.files:
-                case, entry = key.split("/", 1)
-                cases.setdefault(case, {})[entry] = file[key]
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        for key in file.files:
+            case, entry = key.split("/", 1)
+            cases.setdefault(case, {})[entry] = file[key]
     return cases
 
 
@@ -35,8 +32,7 @@ FILES = {name: load(name) for name in ("nft_loss", "pixel_reward", "advantage", 
 
 
 def cases(name):
-    absent = pytest.mark.skip(reason=f"no golden numbers at {GOLDEN / name}.npz; set COCOEDIT_GOLDEN_DIR")
-    return [pytest.param(c, id=k) for k, c in FILES[name].items()] or [pytest.param({}, marks=absent, id="absent")]
+    return [pytest.param(c, id=k) for k, c in FILES[name].items()]
 
 
 def close(ours, golden, tolerance):
@@ -110,11 +106,7 @@ def test_advantage(case):
     np.testing.assert_array_equal(ids, case["banned"])
 
 
-@pytest.mark.parametrize(
-    ("name", "case"),
-    [pytest.param(k, c, id=k) for k, c in FILES["solver"].items()]
-    or [pytest.param("", {}, marks=pytest.mark.skip(reason=f"no golden numbers at {GOLDEN}; set COCOEDIT_GOLDEN_DIR"))],
-)
+@pytest.mark.parametrize(("name", "case"), [pytest.param(k, c, id=k) for k, c in FILES["solver"].items()])
 def test_solver(name, case):
     solver, steps = name.rsplit("_", 1)
     matrix = jnp.asarray(case["A"])

@@ -31,6 +31,10 @@ class ProcessFailed(UserError):
     """Another process of the run has failed or is gone; the message names it. Nothing can be exchanged any more."""
 
 
+class Agreed(UserError):
+    """Raised in all processes alike, which are still in step: each can save its part, and ends by itself."""
+
+
 def index() -> int:
     """Of this process, from 0."""
     return jax.process_index()
@@ -68,11 +72,11 @@ def gather(name: str, work: Callable[[], Any]) -> list[Any]:
         work: returns what JSON can hold; NaN and infinite numbers may be among it.
 
     Raises:
-        UserError: in all processes, when ``work`` raised one in any of them; they are still in step.
+        Agreed: in all processes, when ``work`` raised a UserError in any of them.
         ProcessFailed: another process has failed elsewhere, or is gone.
     """
     if count() == 1:
-        return [work()]
+        return [work()]  # whose errors are agreed on as they are
     global _number
     _number += 1
     mine: dict[str, Any] = {"name": name}
@@ -92,7 +96,7 @@ def gather(name: str, work: Callable[[], Any]) -> list[Any]:
         raise RuntimeError(f"processes are not in step: {[reply['name'] for reply in replies]}")
     errors = {process: reply["error"] for process, reply in enumerate(replies) if "error" in reply}
     if errors:
-        raise UserError(_told(errors))
+        raise Agreed(_told(errors))
     return [reply["value"] for reply in replies]
 
 
@@ -174,11 +178,14 @@ class _Watch(threading.Thread):
         return self.failure
 
     def stop(self) -> None:
+        global _watch
         self._done.set()
         self.join()
+        _watch = None
 
 
 _watch: _Watch | None = None
+_told_others = False
 
 
 def _read_all(folder: str) -> dict[str, str]:
@@ -200,33 +207,47 @@ def together() -> Iterator[None]:
     Raises:
         ProcessFailed: in those that did not fail themselves, unless they are ended where they are.
     """
-    global _watch
+    global _watch, _told_others
     if count() == 1:
         yield
         return
-    _watch = watch = _Watch()
+    _watch, _told_others = _Watch(), False
+    watch = _watch
     watch.start()
     try:
         yield
         gather("end", lambda: None)
+    except Agreed:
+        raise
     except BaseException as error:
-        if isinstance(error, ProcessFailed):
-            _leave(watch)
-            raise
-        # An exchange between devices fails here when it is the other side that is gone: it must not be blamed on us.
-        if isinstance(error, RuntimeError) and (failure := watch.look_for(SUSPECT_S + 3 * BEAT_S)):
-            _leave(watch)
-            raise ProcessFailed(failure) from error
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            _client().key_value_set(f"{_SPACE}/failed/{index()}", text, allow_overwrite=True)
-        _leave(watch)
+        try:
+            publish(error)
+        finally:
+            _leave()
         raise
     finally:
         watch.stop()
 
 
-def _leave(watch: _Watch) -> None:
+def publish(error: BaseException) -> None:
+    """Tells the other processes that this one ends with ``error``; to be called before anything that may wait for them.
+
+    Raises:
+        ProcessFailed: it is another one that failed, and ``error`` comes from that.
+    """
+    global _told_others
+    if _watch is None or _told_others or isinstance(error, Agreed | ProcessFailed):
+        return
+    # An exchange between devices fails here when the other side is gone. The blame must not be ours then.
+    if isinstance(error, RuntimeError) and (failure := _watch.look_for(SUSPECT_S + 3 * BEAT_S)):
+        raise ProcessFailed(failure) from error
+    _told_others = True
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_SPACE}/failed/{index()}", text, allow_overwrite=True)
+
+
+def _leave() -> None:
     """Lets the program end without waiting for the others at JAX's own barrier, which not all will come to."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"{_SPACE}/left/{index()}", "", allow_overwrite=True)

@@ -353,13 +353,17 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
             except processes.ProcessFailed:  # and what all of them hold together cannot be saved
                 raise
             except UserError as error:  # of the judge, before a step has changed anything
+                processes.gather("save after an error", lambda: None)  # all of them, or none can
                 trainer.save_state()
-                raise UserError(f"{error}\n{_continue(trainer)}") from error
+                raise processes.Agreed(f"{error}\n{_continue(trainer)}") from error
             if telemetry.active:
                 telemetry.image(config.train.steps, "held_out", before_after(base, trained))
     except Stopped:
         processes.say(f"stopped; {_continue(trainer)}")
         return {}
+    except BaseException as error:
+        processes.publish(error)
+        raise
     finally:
         trainer.close()
         if processes.is_first() and (run_dir / "metrics.jsonl").is_file():

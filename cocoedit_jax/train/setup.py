@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.prepare import write_scenes
-from cocoedit_jax.data.records import Fault, Record, RecordSet, read_records, split_records
+from cocoedit_jax.data.records import Fault, Record, RecordSet, fingerprint, read_records, split_records
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
@@ -200,8 +200,14 @@ def build(config: ConfigDict) -> Setup:
             f"{found.root}: {len(train)} records to train on and {len(held_out)} held out; expected at least "
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
+    prints = processes.gather("fingerprints", lambda: fingerprint((*train, *held_out)))
+    if len(set(prints)) > 1:
+        raise UserError(
+            f"config.data.path={config.data.path!r}: fingerprints of the usable records are {prints} in the processes; "
+            "expected the same records everywhere"
+        )
     try:
-        judge_hook(judge, "start")()
+        processes.gather("judge", lambda: judge_hook(judge, "start")())
         base = Base(load_params(), editor.abstract(), rollout_mesh)  # where it is used first
     except BaseException:
         judge_hook(judge, "close")()

@@ -22,7 +22,11 @@ def start(processes: int, devices: int, options: dict[str, Any]) -> list[subproc
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT),
+        "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": options["cache"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
     command = [sys.executable, "-m", "tests.train.hosts", address, str(processes)]
     return [
         subprocess.Popen(
@@ -53,8 +57,9 @@ def run(processes: int, devices: int, options: dict[str, Any], seconds: float = 
 
 
 def main(address: str, count: int, index: int, options: dict[str, Any]) -> None:
-    """Trains as ``options`` say: ``base``, ``data``, ``run``, ``config`` (dotted keys), ``resume``; ``hit``:
-    ``[process, step, what]`` makes the judge of a process, when that step is checked, "raise" or "kill" itself.
+    """Trains as ``options`` say: ``base``, ``data``, ``run``, ``config`` (dotted keys), ``resume``, ``cache`` of
+    compiled programs; ``hit``: ``[process, step, what]`` makes the judge of a process, when that step is checked,
+    "raise" an error or "kill" the process.
 
     What this process loaded and judged in training is written to RUN/process_INDEX.json.
     """
@@ -71,8 +76,6 @@ def main(address: str, count: int, index: int, options: dict[str, Any]) -> None:
     from cocoedit_jax.train.setup import build
     from tests.train.tiny import tiny_config
 
-    for name, value in options.get("times", {}).items():
-        setattr(processes, name, value)
     seen: dict[str, Any] = {"loaded": [], "judged": [], "step": 0}
     original = source.load_pair
 
@@ -89,7 +92,7 @@ def main(address: str, count: int, index: int, options: dict[str, Any]) -> None:
             if options.get("hit", [None])[:2] == [index, step]:
                 if options["hit"][2] == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
-                raise {"raise": UserError, "bug": RuntimeError}[options["hit"][2]]("the judge is out of order")
+                raise UserError("the judge is out of order")
 
         def __call__(self, requests: Any) -> Any:
             seen["judged"] += [[seen["step"], r.record_id, float(r.edited.mean())] for r in requests]

@@ -116,6 +116,8 @@ class VlmJudge:
         self._run, self._step, self._asked = secrets.token_hex(3), 0, 0
         self._started = False
 
+    averaged = ("mass", "entropy")  # of ``pop_counters``: means
+
     # --- the hooks of a judge -----------------------------------------------------------------------------------------
 
     def fault(self, extra: Mapping[str, Any]) -> str | None:

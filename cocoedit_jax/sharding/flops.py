@@ -49,7 +49,7 @@ def lora_gradient_flops(config: TransformerShape, tokens: int, samples: int = 1)
 
 def peak_flops(device: Any = None) -> tuple[float, str]:
     """Peak FLOP/s of one device and where the figure is from: the data sheet, or for others a timed float32 matmul."""
-    device = device or jax.devices()[0]
+    device = device or jax.local_devices()[0]
     for name in sorted(PEAK_FLOPS, key=len, reverse=True):
         if device.device_kind.startswith(name):
             return PEAK_FLOPS[name], f"{name} data sheet"

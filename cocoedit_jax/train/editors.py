@@ -22,6 +22,7 @@ from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.pipeline import BuildOptions
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
+from cocoedit_jax.sharding import processes
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
@@ -123,7 +124,7 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
             "length in config.model.text_tokens, 256 as in the released training"
         )
     if cuts := cache.describe_cuts():
-        print(f"{cuts} (config.model.text_tokens)")
+        processes.say(f"{cuts} (config.model.text_tokens)")
     editor = qwen_edit.build_qwen_edit(folder, cached_text(cache), build_options(model), text_mask=model.text_mask)
     check_widths(cache, editor.transformer.config, folder)
     check_sizes(editor, framing)

@@ -14,20 +14,21 @@ from jax.sharding import Mesh
 
 from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples
 from cocoedit_jax.data.records import fingerprint
-from cocoedit_jax.data.source import load_batch
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
 from cocoedit_jax.models.editor import Conditioning, Grid
-from cocoedit_jax.models.text import instructions
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.report import write_report
 from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, write_json
 from cocoedit_jax.rewards.judge import judge_hook
+from cocoedit_jax.sharding import processes
 from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.sharding.rules import adapter_shardings
+from cocoedit_jax.sharding.shares import Shares, divide, place
 from cocoedit_jax.train.checkpoint import Checkpoints
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after
+from cocoedit_jax.train.loading import load_shares
 from cocoedit_jax.train.optimality import Judged, judge_rollout, pack_step
 from cocoedit_jax.train.performance import Performance
 from cocoedit_jax.train.rollout import RewardQueue, Rollout, collect, make_encoder, make_sampler
@@ -126,30 +127,27 @@ class Trainer:
         Raises:
             UserError: the judge cannot be used, or scored too few samples; the state is that of the step before.
         """
-        judge_hook(self.setup.judge, "check")(step)
-        self._judge_counters()  # those of evaluations and checks are none of the step's
         step_key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         rollout_key, train_key = jax.random.split(step_key)
         with timer("data"):
             records = self._records(step)
             plan = plan_samples(records, self.config.rollout.group_size)
-            batch = load_batch(self.setup.train, records)
+            shares = divide(plan.group, self.config.rollout.batch_size, self.setup.rollout_mesh)
+            batch, loaded, text = self._load(step, records, shares)
             programs = self.programs(self.setup.train_records[int(records[0])].bucket)
         params = self._base_on(self.setup.rollout_mesh, timer)
         with timer("encode"):
-            text = self.setup.editor.text_inputs(instructions(batch))
-            conditioning = self.encode(params, batch["image"], text)
+            conditioning = self.encode(params, shares, loaded["image"], text)
         with timer("rollout"):
             old = jax.device_put(lora.fold_scale(self.state.old, self.setup.lora), replicated(self.setup.rollout_mesh))
             rollout = collect(
-                programs.sampler, params, old, conditioning, plan, batch, rollout_key, self.queue,
-                self.config.rollout.batch_size,
+                programs.sampler, params, old, conditioning, plan, batch, rollout_key, self.queue, shares
             )  # fmt: skip
         self._check_rollout(step, rollout)
         with timer("advantage"):
             source, factor = np.asarray(conditioning.source), self.setup.editor.autoencoder.factor
             judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, self.cfg)
-        judged.metrics |= self._judge_counters()
+        judged.metrics |= {f"judge/{name}": value for name, value in rollout.judge_counters.items()}
         self._check_rewards(step, judged.metrics)
         drawn = Drawn(programs.grid, plan, batch, conditioning, rollout, judged)
         metrics = judged.metrics | {"seconds/waiting_for_rewards": rollout.seconds_waiting}
@@ -159,9 +157,20 @@ class Trainer:
         self.metrics = metrics
         return metrics, drawn
 
-    def _judge_counters(self) -> dict[str, float]:
-        counters = judge_hook(self.setup.judge, "pop_counters")() or {}
-        return {f"judge/{name}": value for name, value in counters.items()}
+    def _load(self, step: int, records: np.ndarray, shares: Shares) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        """The step's records, of which each process reads its own: ``batch`` as ``collect`` takes it, the loaded ones,
+        and their text inputs."""
+
+        def check_judge() -> None:
+            judge_hook(self.setup.judge, "check")(step)
+            self.queue.pop_counters()  # those of evaluations and checks are none of the step's
+
+        batch, loaded, text = load_shares(
+            self.setup.editor, self.setup.train, self.setup.train_records, records, shares, check_judge
+        )
+        images = dict(zip(shares.groups.tolist(), loaded["image"], strict=True))
+        batch |= {"image": [images.get(g) for g in range(len(records))], "edit_mask": shares.whole(loaded["edit_mask"])}
+        return batch, loaded, text
 
     def _records(self, step: int) -> np.ndarray:
         """Indices of the training records of ``step``, one per group; all of one image size."""
@@ -187,7 +196,7 @@ class Trainer:
             return {}
         params = self._base_on(self.setup.mesh, timer)
         with timer("train"):
-            batch = jax.device_put(host, batch_sharding(self.setup.mesh, axis=1))
+            batch = place(host, batch_sharding(self.setup.mesh, axis=1))
             scalars = StepScalars(
                 num_micro=jnp.asarray(num_micro, jnp.int32),
                 count=jnp.asarray(count, jnp.float32),
@@ -195,7 +204,7 @@ class Trainer:
                 ema_decay=jnp.asarray(ema_decay(step, self.cfg.ema_decay), jnp.float32),
                 key=key,
             )
-            scalars = jax.device_put(scalars, replicated(self.setup.mesh))
+            scalars = place(scalars, replicated(self.setup.mesh))
             self.state, device_metrics, finite = programs.train_step(self.state, params, batch, scalars)
             metrics = {f"train/{k}": float(v) for k, v in device_metrics.items()}
         self._check_finite(step, metrics, finite)
@@ -232,13 +241,16 @@ class Trainer:
             raise NonFiniteError(f"step {step}: not finite: {', '.join(bad)}; the weights are those of step {step - 1}")
 
     def picture(self, drawn: Drawn) -> np.ndarray:
-        """Source, then the first edits of a group side by side, for the first groups of the step."""
-        size, batch = self.config.rollout.group_size, drawn.batch
-        first = [g * size for g in range(min(4, len(drawn.plan) // size))]
+        """Source, then the first edits of a group side by side, for the first groups that are whole in this process."""
+        size, batch, own = self.config.rollout.group_size, drawn.batch, drawn.rollout.own
+        first = [i for i in range(0, len(drawn.plan), size) if np.isin(np.arange(i, i + size), own).all()][:4]
+        if not first:  # several processes share every group: what there is of the first
+            first, size = [int(own[0])], int((drawn.plan.group[own] == drawn.plan.group[own[0]]).sum())
         group, shown = drawn.plan.group[first], range(min(6, size))
-        columns = [("source", batch["image"][group])]
-        columns += [(f"edit {k + 1}", drawn.rollout.images[[i + k for i in first]]) for k in shown]
-        notes = [None, *([f"reward {drawn.judged.reward[i + k]:.2f}" for i in first] for k in shown)]
+        at = np.searchsorted(own, first)  # in the images
+        columns = [("source", np.stack([batch["image"][g] for g in group]))]
+        columns += [(f"edit {k + 1}", drawn.rollout.images[at + k]) for k in shown]
+        notes = [None, *([f"reward {reward:.2f}" for reward in drawn.judged.reward[own[at + k]]] for k in shown)]
         prompts = [batch["prompt"][g] for g in group]
         return sample_grid(columns, masks=batch["edit_mask"][group], instructions=prompts, notes=notes)
 
@@ -257,7 +269,9 @@ class Trainer:
         info |= {f"reward_weight/{name}": f"{weight:g}" for name, weight in self.cfg.reward_weights.items()}
         info |= {k: f"{v:.4f}" for k, v in metrics.items() if k.startswith("reward/")}
         folder = self.run_dir / "lora" / f"step_{step:06d}"
-        lora_files.save_lora(folder, self.trained_adapter(), self.setup.lora, info)
+        adapter = jax.device_put(self.trained_adapter(), replicated(self.setup.mesh))
+        if processes.is_first():
+            lora_files.save_lora(folder, jax.device_get(adapter), self.setup.lora, info)
         # The checkpoint comes last: whatever is killed before it is on disk is done again.
         progress = {"banned": sorted(self.banned), "step": step, "seed": self.config.seed, "data": self.data}
         self.checkpoints.save(self.state, progress)
@@ -284,7 +298,8 @@ class Trainer:
         judge scored too few.
         """
         folded = None if adapter is None else lora.fold_scale(adapter, self.setup.lora)
-        with progress(min(scenes, len(self.setup.held_out_records)), desc, "scene") as bar:
+        total = min(scenes, len(self.setup.held_out_records))
+        with progress(total, desc, "scene", process_index=processes.index()) as bar:
 
             def done(count: int) -> None:
                 bar.update(count)
@@ -296,7 +311,7 @@ class Trainer:
 
     def small_evaluation(self, base: Evaluation) -> dict[str, float]:
         """Metrics of the first held-out records, for the log. Raises UserError as ``evaluate``."""
-        count = min(self.config.evaluation.every_scenes, len(base.records))
+        count = min(self.config.evaluation.every_scenes, base.count)
         now = self.evaluator(lora.fold_scale(self.trained_adapter(), self.setup.lora), count)
         self._check_share("evaluate", float(np.isnan(now.metrics["judge"]).mean()), [])
         return {f"held_out/{name}": value["mean"] for name, value in now.summary().items()}
@@ -319,41 +334,50 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
         NonFiniteError: NaN or infinity in a loss or gradient.
     """
     config = setup.config
-    claim(run_dir, config, resume)
+    processes.from_first("claim", lambda: claim(run_dir, config, resume))
     trainer = Trainer(setup, run_dir)
     try:
-        with Telemetry(run_dir) as telemetry, Stop() as stop:
-            start = trainer.resume() if resume and trainer.checkpoints.latest is not None else 0
+        with Telemetry(run_dir, active=processes.is_first()) as telemetry, Stop() as stop:
+            saved = processes.from_first("checkpoint", lambda: trainer.checkpoints.latest)
+            start = trainer.resume() if resume and saved is not None else 0
             telemetry.truncate(start)
             if start == 0:
                 trainer.save({})
             peak = trainer.performance.peak_source
-            print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {peak}")
+            processes.say(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {peak}")
             try:
                 base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base", stop)
                 _take_steps(trainer, start, base, telemetry, stop)
                 adapter = trainer.trained_adapter()
                 trained = trainer.evaluate(adapter, config.evaluation.scenes, "evaluate trained", stop)
+            except processes.ProcessFailed:  # and what all of them hold together cannot be saved
+                raise
             except UserError as error:  # of the judge, before a step has changed anything
+                processes.gather("save after an error", lambda: None)  # all of them, or none can
                 trainer.save_state()
-                raise UserError(f"{error}\n{_continue(trainer)}") from error
-            telemetry.image(config.train.steps, "held_out", before_after(base, trained))
+                raise processes.Agreed(f"{error}\n{_continue(trainer)}") from error
+            if telemetry.active:
+                telemetry.image(config.train.steps, "held_out", before_after(base, trained))
     except Stopped:
-        print(f"stopped; {_continue(trainer)}")
+        processes.say(f"stopped; {_continue(trainer)}")
         return {}
+    except BaseException as error:
+        processes.publish(error)
+        raise
     finally:
         trainer.close()
-        if (run_dir / "metrics.jsonl").is_file():
+        if processes.is_first() and (run_dir / "metrics.jsonl").is_file():
             write_report(run_dir)
     result = {
-        "scenes": len(base.records),
+        "scenes": base.count,
         "step": config.train.steps,
         "base": base.summary(),
         "trained": trained.summary(),
         "difference": trained.difference(base),
     }
-    write_json(run_dir / EVALUATION, result)
-    write_report(run_dir)
+    if processes.is_first():
+        write_json(run_dir / EVALUATION, result)
+        write_report(run_dir)
     return result
 
 
@@ -365,11 +389,12 @@ def _continue(trainer: Trainer) -> str:
 def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telemetry, stop: Stop) -> None:
     """The optimizer steps after ``start``, each logged, some evaluated and saved. Raises Stopped after a signal."""
     config, timer = trainer.config, PhaseTimer()
-    with progress(config.train.steps, "train", "step", start) as bar:
+    with progress(config.train.steps, "train", "step", start, process_index=processes.index()) as bar:
         for step in range(start + 1, config.train.steps + 1):
             metrics, drawn = trainer.train_step(step, timer)
             last = step == config.train.steps
-            if step % config.evaluation.every == 0 or last or step == 1:
+            stop.agree()
+            if telemetry.active and (step % config.evaluation.every == 0 or last or step == 1):
                 telemetry.image(step, "rollout", trainer.picture(drawn))
             if step % config.evaluation.every == 0 and not last and not stop.requested:
                 try:
@@ -387,4 +412,5 @@ def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telem
                     trainer.save(metrics)
             bar.set_postfix(reward=f"{metrics.get('reward/total', np.nan):.3f}")
             bar.update(1)
-            stop.check()
+            if stop.requested:
+                raise Stopped

@@ -1,18 +1,18 @@
 """Everything a run needs, built and checked before any accelerator time is spent."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.prepare import write_scenes
-from cocoedit_jax.data.records import Fault, Record, RecordSet, read_records, split_records
+from cocoedit_jax.data.records import Fault, Record, RecordSet, fingerprint, read_records, split_records
 from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
@@ -21,10 +21,12 @@ from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.judge import Judge, judge_hook, judge_options, make_judge
+from cocoedit_jax.sharding import processes
 from cocoedit_jax.sharding.base import Base
 from cocoedit_jax.sharding.layouts import check_shape, layout_mesh
 from cocoedit_jax.train.config_checks import check_config
 from cocoedit_jax.train.editors import EDITORS, check_sizes
+from cocoedit_jax.train.run_folder import differences
 
 
 @dataclass
@@ -93,9 +95,8 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
         if not config.data.generate:
             raise UserError("config.data.path is empty and config.data.generate is 0; expected a folder, or scenes")
         path = Path("data") / f"scenes_{config.data.resolution}px_{config.data.generate}"
-        if not path.exists():
-            write_scenes(path, config.data.generate, config.data.resolution, seed=0)
-    with progress(0, "check records", "record") as bar:
+        _draw_once(path, config)
+    with progress(0, "check records", "record", process_index=processes.index()) as bar:
 
         def done(count: int, total: int) -> None:
             bar.total = total
@@ -103,6 +104,21 @@ def load_records(config: ConfigDict, framing: Framing) -> RecordSet:
 
         groups = config.rollout.groups
         return read_records(path, framing, strict=config.data.strict, min_bucket_records=groups, progress=done)
+
+
+def _draw_once(path: Path, config: ConfigDict) -> None:
+    """Scenes in ``path``, drawn by one process. Raises UserError if another does not see them."""
+
+    def draw() -> None:
+        if not path.exists():
+            write_scenes(path, config.data.generate, config.data.resolution, seed=0)
+
+    def look() -> None:
+        if not path.exists():
+            raise UserError(f"{path.absolute()}: drawn by process 0; expected a folder that all processes see")
+
+    processes.from_first("draw scenes", draw)
+    processes.gather("see scenes", look)
 
 
 def _usable(found: RecordSet, editor: Editor, judge: Judge, strict: bool) -> tuple[Record, ...]:
@@ -127,7 +143,7 @@ def _usable(found: RecordSet, editor: Editor, judge: Judge, strict: bool) -> tup
         summary += f"\n{editor.text.remedy}"
     if strict or not records:
         raise UserError(summary)
-    print(summary)
+    processes.say(summary)
     return checked.records
 
 
@@ -140,15 +156,33 @@ def _check_edit_types(algorithm: NFTConfig, records: tuple[Record, ...]) -> None
         )
 
 
+def _check_same_configuration(config: ConfigDict) -> None:
+    """Raises UserError where another process runs something else; each may have files and judges of its own."""
+    mine = json.loads(config.to_json())
+    first = processes.from_first("configuration", lambda: mine)
+
+    def compare() -> None:
+        changed = differences(first, mine, except_for=("data.path", "model.path", "judge."))
+        if changed:
+            raise UserError("another configuration than process 0's ('then'):\n  " + "\n  ".join(changed))
+
+    processes.gather("same configuration", compare)
+
+
 def build(config: ConfigDict) -> Setup:
     """Checks the configuration, reads the data, loads the model.
 
     Raises:
         UserError: anything is not usable; nothing has been computed by then.
     """
-    if jax.process_count() > 1:
-        raise UserError(f"{jax.process_count()} processes; this trainer runs in one process, on all of its devices")
+    _check_same_configuration(config)
     rollout_mesh, mesh = phase_meshes(config)
+    idle = set(range(processes.count())) - {device.process_index for device in mesh.devices.flat}
+    if idle:
+        raise UserError(
+            f"config.mesh: {mesh.size} devices, none of them of process {sorted(idle)}; expected a layout that uses "
+            f"devices of all {processes.count()} processes"
+        )
     algorithm = check_config(config, rollout_mesh, mesh, tuple(EDITORS))
     judge = make_judge(**judge_options(config.judge.to_dict()))
     framing = Framing(config.data.resolution, config.data.crop, divisor=16)
@@ -166,8 +200,14 @@ def build(config: ConfigDict) -> Setup:
             f"{found.root}: {len(train)} records to train on and {len(held_out)} held out; expected at least "
             f"{config.rollout.groups} (config.rollout.groups) and 1"
         )
+    prints = processes.gather("fingerprints", lambda: fingerprint((*train, *held_out)))
+    if len(set(prints)) > 1:
+        raise UserError(
+            f"config.data.path={config.data.path!r}: fingerprints of the usable records are {prints} in the processes; "
+            "expected the same records everywhere"
+        )
     try:
-        judge_hook(judge, "start")()
+        processes.gather("judge", lambda: judge_hook(judge, "start")())
         base = Base(load_params(), editor.abstract(), rollout_mesh)  # where it is used first
     except BaseException:
         judge_hook(judge, "close")()

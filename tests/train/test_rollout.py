@@ -14,6 +14,7 @@ from cocoedit_jax.rewards.judge import JudgeScore
 from cocoedit_jax.rewards.pixel import pixel_reward
 from cocoedit_jax.rewards.registry import EditBatch
 from cocoedit_jax.sharding.mesh import make_mesh
+from cocoedit_jax.sharding.shares import divide
 from cocoedit_jax.train.rollout import RewardQueue, collect, make_sampler
 from tests.train.tiny import SIZE, random_params, tiny_quickstart
 
@@ -49,7 +50,9 @@ def roll(batch_size: int, devices: int):
         params, jnp.asarray(batch["image"]), EDITOR.text_inputs([Instruction(prompt) for prompt in batch["prompt"]])
     )
     plan = plan_samples(np.arange(GROUPS), K)
-    out = collect(sampler, params, None, conditioning, plan, batch, jax.random.key(3), queue, batch_size)
+    out = collect(
+        sampler, params, None, conditioning, plan, batch, jax.random.key(3), queue, divide(plan.group, batch_size, mesh)
+    )
     queue.close()
     return out
 

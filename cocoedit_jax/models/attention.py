@@ -87,7 +87,11 @@ def _local(backend: str, q: Array) -> Backend:
 def _context_backend(backend: str, heads: int) -> str | None:
     """Which of ``CONTEXT_BACKENDS`` to use for ``heads`` on each device; None: every device has whole sequences."""
     size = parallel.context_size()
-    if size == 1 or backend in BACKENDS:
+    if size == 1:
+        return None
+    if backend in BACKENDS:
+        if parallel.tokens_are_shares():
+            raise ValueError(f"attention backend {backend!r} on shares of tokens; expected one of {CONTEXT_BACKENDS}")
         return None
     if backend == "auto":
         return "ring" if heads % size else "ulysses"
@@ -101,7 +105,7 @@ def _sharded(q: Array, k: Array, v: Array, key_mask: Array | None, backend: str)
     by_context = _context_backend(backend, q.shape[2] // parallel.shards(heads))
     local = _local(backend, q)
     length = q.shape[1]
-    if by_context:
+    if by_context and CONTEXT in axes:  # else the caller has cut the sequence
         if k.shape[1] != length:
             raise ValueError(f"{length} queries and {k.shape[1]} keys on a context axis; expected self-attention")
         padding = -length % parallel.context_size()
@@ -117,7 +121,7 @@ def _sharded(q: Array, k: Array, v: Array, key_mask: Array | None, backend: str)
         return local(q, k, v, key_mask)
 
     # Every axis that can be named is, those of one device too: over the others gradients would be summed.
-    tokens = CONTEXT if by_context or axes.get(CONTEXT) == 1 else None
+    tokens = CONTEXT if CONTEXT in axes and (by_context or axes[CONTEXT] == 1) else None
     spec = PartitionSpec(batch, tokens, heads, None)
     out = jax.shard_map(
         on_one_device,

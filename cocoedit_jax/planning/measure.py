@@ -67,6 +67,11 @@ def fill_all(shapes: Any, seed: int = 0) -> Arrays:
     return jax.tree.unflatten(structure, [fill(leaf, 1000 * seed + i) for i, leaf in enumerate(leaves)])
 
 
+def _as_wanted(x: jax.Array, sharding: Any) -> bool:
+    """Whether ``x`` is placed by ``sharding``; None: of an argument that is not used."""
+    return sharding is None or x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
 class Base:
     """The frozen base as the last program had it placed."""
 
@@ -79,7 +84,7 @@ class Base:
         kept = {
             path: x for path, x in self._held.items()
             if path in wanted and (x.shape, x.dtype) == (wanted[path].shape, wanted[path].dtype)
-            and x.sharding.is_equivalent_to(wanted[path].sharding, x.ndim)
+            and _as_wanted(x, wanted[path].sharding)
         }  # fmt: skip
         self._held = kept
         for seed, (path, shape) in enumerate(wanted.items()):

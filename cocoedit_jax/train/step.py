@@ -1,8 +1,9 @@
 """The optimizer step: one jitted call that scans micro-batches x timesteps and reduces gradients once.
 
-Over the axes that split samples, data and fsdp, it is a manual ``shard_map``: every device sums the gradients of its
-own samples over all micro-batches and timesteps, and one all-reduce follows. Layers fetch the shards of their weights
-from the fsdp axis as they run (``models/parallel.py``). The other mesh axes stay automatic inside.
+Over the axes that split samples and tokens, data, fsdp and context, it is a manual ``shard_map``: every device sums the
+gradients of its own samples and tokens over all micro-batches and timesteps, and one all-reduce follows. Layers fetch
+the shards of their weights from the fsdp axis as they run (``models/parallel.py``). The tensor axis stays automatic
+inside.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.models import lora
+from cocoedit_jax.models.attention import BACKENDS
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.objective import ObjectiveInputs, get_objective, reduce_global, reduce_micro
 from cocoedit_jax.nft.policy import blend
 from cocoedit_jax.nft.presets import NFTConfig
-from cocoedit_jax.sharding.mesh import SAMPLE_AXES, replicated, sample_shards
+from cocoedit_jax.sharding.mesh import CONTEXT, SAMPLE_AXES, replicated, sample_shards
 from cocoedit_jax.sharding.rules import adapter_shardings, manual_specs
 
 Array = jax.Array
@@ -94,6 +96,15 @@ def init_state(
     copy = lambda: jax.tree.map(jnp.copy, theta)  # noqa: E731 - donated buffers must not be shared
     ema = copy() if cfg.ema_decay > 0 else None
     return TrainState(theta, copy(), ema, optimizer.init(theta), jnp.zeros((), jnp.int32))
+
+
+def _token_axes(editor: Editor, grid: Grid, conditioning: Conditioning, mesh: Mesh) -> tuple[str, ...]:
+    """The context axis, where every device can work on its share of text and image by itself. Elsewhere it is
+    automatic: the lengths do not divide, or the attention backend wants whole sequences."""
+    lengths = conditioning.text.states.shape[-2], grid.tokens + conditioning.source.shape[-2]
+    size, backend = mesh.shape[CONTEXT], editor.transformer.attention_backend
+    usable = size > 1 and backend not in BACKENDS and not any(length % size for length in lengths)
+    return (CONTEXT,) if usable else ()
 
 
 def make_train_step(
@@ -198,23 +209,26 @@ def make_train_step(
         totals = jax.lax.fori_loop(0, scalars.num_micro, one_micro_batch, zeros)
         return jax.tree.map(lambda x: x[None], totals)
 
-    everywhere = PartitionSpec()
-    weights = manual_specs(editor.network(editor.abstract()), mesh)
-    accumulate = jax.shard_map(
-        accumulate,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, weights, PartitionSpec(None, SAMPLE_AXES), everywhere),
-        out_specs=PartitionSpec(SAMPLE_AXES),
-        axis_names=frozenset(SAMPLE_AXES),
-        check_vma=False,  # gradients of the replicated adapters stay local
-    )
+    def accumulate_everywhere(*inputs: Any) -> tuple[Tree, dict]:
+        """``accumulate`` on all devices: gradients and metrics of each share, in front."""
+        axes = (*SAMPLE_AXES, *_token_axes(editor, grid, inputs[3].conditioning, mesh))
+        everywhere, samples = PartitionSpec(), PartitionSpec(None, SAMPLE_AXES)
+        weights = manual_specs(editor.network(editor.abstract()), mesh)
+        return jax.shard_map(
+            accumulate,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, weights, samples, everywhere),
+            out_specs=(PartitionSpec(axes), PartitionSpec(SAMPLE_AXES)),  # metrics are the same along the others
+            axis_names=frozenset(axes),
+            check_vma=False,  # gradients of the replicated adapters stay local
+        )(*inputs)
 
     def train_step(
         state: TrainState, params: Tree, batch: StepBatch, scalars: StepScalars
     ) -> tuple[TrainState, dict[str, Array], Tree]:
-        shards = accumulate(state.theta, state.old, editor.network(params), batch, scalars)
-        # The one reduction over the samples. It is written as a sum of shards outside the manual region because a psum
-        # inside it does not compile when another mesh axis is automatic.
+        shards = accumulate_everywhere(state.theta, state.old, editor.network(params), batch, scalars)
+        # The one reduction over samples and tokens. It is written as a sum of shards outside the manual region because
+        # a psum inside it does not compile when another mesh axis is automatic.
         grads, metrics = jax.tree.map(lambda x: x.sum(axis=0), shards)
         if sharded_adapters:
             grads = jax.lax.with_sharding_constraint(grads, adapter_shardings(grads, mesh, sharded=True))

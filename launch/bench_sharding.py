@@ -30,7 +30,7 @@ _ADAPTERS = flags.DEFINE_string("adapters", "", "replicated or sharded; default:
 _PHASES = flags.DEFINE_list("phases", ["rollout", "train"], "Phases of a step to look at.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measured rounds.", lower_bound=2)
 _MICRO_BATCHES = flags.DEFINE_integer(
-    "micro_batches", 4, "Most micro-batches that are run to time an optimizer step.", lower_bound=1
+    "micro_batches", 2, "Most micro-batches that are run to time an optimizer step.", lower_bound=1
 )
 _RECOMMEND = flags.DEFINE_bool("recommend", False, "Choose the fastest row that fits and print the command to train.")
 _OUT = flags.DEFINE_string("out", "runs/sharding", "Folder for sharding.json and sharding.html.")
@@ -80,7 +80,10 @@ def main(argv: list[str]) -> None:
             attention=_ATTENTION.value,
             adapters=_ADAPTERS.value or config.train.get("adapters", "replicated"),
         )
-        return rows.check_samples(workload, chosen)
+        usable = rows.check_samples(workload, chosen)
+        for layout in dict.fromkeys(c.layout for c in chosen if c not in usable):
+            print(f"left out: {layout} on {devices} devices, whose shares do not divide the samples", file=sys.stderr)
+        return usable
 
     override = config_flags.get_override_values(flags.FLAGS["config"])
     overrides = [f"--config.{key}={value}" for key, value in override.items()]
@@ -119,7 +122,10 @@ def main(argv: list[str]) -> None:
     print(f"\n{out / 'sharding.html'}, {out / 'sharding.json'}", file=sys.stderr)
     if _RECOMMEND.value:
         chosen = chosen or rows.recommend(found)  # an error if none fits, after everything was written
-        print(f"\nrecommended: {chosen['layout']}, {chosen['per_shard']} per shard, remat {chosen['remat']}\n{line}")
+        print(
+            f"\nrecommended: {chosen['layout']} on {chosen['where']}, {chosen['per_shard']} per shard, remat "
+            f"{chosen['remat']}\n{line}"
+        )
 
 
 if __name__ == "__main__":

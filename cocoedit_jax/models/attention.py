@@ -6,13 +6,13 @@ every device attends to its own samples and heads; a context axis splits the tok
 (``attention_context.py``) fetch what is missing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.models import attention_blocked, attention_context, attention_splash, parallel
 from cocoedit_jax.models.attention_blocked import ATTENTION_NAME
@@ -78,6 +78,15 @@ def select_backend(dtype: Any, head_dim: int) -> str:
     if platform == "tpu" and head_dim % attention_splash.LANES == 0:
         return "splash"
     return "xla"
+
+
+def token_axes(mesh: Mesh, backend: str, lengths: Sequence[int]) -> tuple[str, ...]:
+    """The context axis of ``mesh``, where every device can work on its share of each of ``lengths`` (text, images) by
+    itself: whoever is manual in the axes of samples can be manual in this one too. Elsewhere it must stay automatic:
+    the lengths do not divide, or ``backend`` wants whole sequences."""
+    size = mesh.shape[CONTEXT]
+    usable = size > 1 and backend not in BACKENDS and not any(length % size for length in lengths)
+    return (CONTEXT,) if usable else ()
 
 
 def _local(backend: str, q: Array) -> Backend:

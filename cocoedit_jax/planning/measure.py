@@ -5,9 +5,10 @@ arrays are held at a time: the memory that it needs is its own, and models are c
 stays where the next program wants it placed as the last one did.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,23 +108,42 @@ def _zero_moments(state: Any) -> Any:
     return state.replace(opt_state=jax.tree.map(lambda x: x * 0, state.opt_state))
 
 
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Fills with an entry for every program that is read from JAX's cache of compiled programs."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event.endswith("/cache_hits"):
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
 class Program:
     """A compiled phase. ``__call__`` places its arguments, runs it, and gives back all but the base.
 
     Attributes:
         compile_seconds: of tracing and compiling.
+        kept: whether the program was on disk already, so that ``compile_seconds`` are those of reading it.
         memory: of one device, by the compiler's plan (``planned_memory``).
         share: of a step that one call runs: of the rollout one batch; of the optimizer step as many micro-batches as
             were asked for.
     """
 
     def __init__(
-        self, workload: Workload, candidate: Candidate, phase: str, devices: Sequence[Any], micro_batches: int = 4
+        self, workload: Workload, candidate: Candidate, phase: str, devices: Sequence[Any], micro_batches: int = 2
     ):
         self.phase = phase
         start = time.perf_counter()
         lowered = lower_phase(workload, candidate, phase, make_mesh(dict(candidate.sizes), devices))
-        self._compiled = lowered.compile()
+        with _cache_hits() as hits:
+            self._compiled = lowered.compile()
+        self.kept = bool(hits)
         self.compile_seconds = time.perf_counter() - start
         self.memory = planned_memory(self._compiled)
         count = math.ceil(workload.samples / candidate.batch)
@@ -173,7 +193,7 @@ def measured_rows(
     candidates: Sequence[Candidate],
     *,
     repeats: int = 5,
-    micro_batches: int = 4,
+    micro_batches: int = 2,
     phases: Sequence[str] = PHASES,
     devices: Sequence[Any] | None = None,
     done: Callable[[list[Row]], object] = lambda rows: None,
@@ -240,7 +260,8 @@ def _first_run(make: Callable[[], Program], base: Base) -> tuple[dict[str, Any],
         made = make()
         made(base)
         return {
-            "fits": True, "compile_seconds": made.compile_seconds, "memory": made.memory, "need": made.memory["total"],
+            "fits": True, "compile_seconds": made.compile_seconds, "kept": made.kept, "memory": made.memory,
+            "need": made.memory["total"],
         }, made  # fmt: skip
     except jax.errors.JaxRuntimeError as error:
         message = str(error).strip()

@@ -178,7 +178,7 @@ def check_samples(workload: Workload, candidates: Sequence[Candidate]) -> list[C
     """Those whose rollout batches can divide a step's samples.
 
     Raises:
-        UserError: none.
+        UserError: there is none.
     """
     usable = [c for c in candidates if workload.samples % c.shards == 0]
     if not usable:

@@ -1,6 +1,7 @@
 """The comparison as a table of text: for a terminal, for Markdown, and the cells of the HTML page."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cocoedit_jax.planning.rows import Row, collective_names
 
@@ -16,7 +17,7 @@ MEASURED = (
     "Seconds per step: median and quartiles of rounds in which all rows take turns; random weights. A step's rollout "
     "is timed by one of its batches, its training by at most {micro_batches} micro-batches, in proportion. GiB per "
     "device: arguments + what is beyond them, by the compiler's plan; peak: what the device says, where no row before "
-    "needed more. MFU by formula, of {peak_source}."
+    "needed more. Compile (kept): read from --xla_cache. MFU by formula, of {peak_source}."
 )
 PREDICTED = (
     "Seconds are predictions: the roofline of data-sheet peaks, the largest of arithmetic, memory traffic and "
@@ -69,6 +70,13 @@ def memory_text(phase: Mapping[str, object] | None) -> str:
     return f"needs {_gib(need)}" if isinstance(need, float | int) else "-"
 
 
+def compile_text(phase: Mapping[str, Any] | None) -> str:
+    """Seconds, and whether they are those of reading a program that was on disk."""
+    if not phase or "compile_seconds" not in phase:
+        return "-"
+    return f"{phase['compile_seconds']:.1f}" + (" (kept)" if phase.get("kept") else "")
+
+
 def exchange_text(row: Row) -> str:
     """GiB sent by one device per step, and counts by kind."""
     totals: dict[str, float] = {}
@@ -105,8 +113,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         columns[f"{phase} GiB"] = [memory_text(p) for p in of]
         if measured:
             columns[f"{phase} peak GiB"] = [_gib((p or {}).get("peak")) for p in of]
-            columns[f"{phase} compile s"] = [f"{p['compile_seconds']:.1f}" if p and "compile_seconds" in p else "-"
-                                             for p in of]  # fmt: skip
+            columns[f"{phase} compile s"] = [compile_text(p) for p in of]
         columns[f"{phase} s"] = [seconds_text(p) for p in of]
         if measured:
             columns[f"{phase} MFU"] = [f"{100 * p['mfu']:.1f} %" if p and "mfu" in p else "-" for p in of]

@@ -18,12 +18,11 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.models import lora
-from cocoedit_jax.models.attention import BACKENDS
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.objective import ObjectiveInputs, get_objective, reduce_global, reduce_micro
 from cocoedit_jax.nft.policy import blend
 from cocoedit_jax.nft.presets import NFTConfig
-from cocoedit_jax.sharding.mesh import CONTEXT, SAMPLE_AXES, replicated, sample_shards
+from cocoedit_jax.sharding.mesh import SAMPLE_AXES, replicated, sample_shards
 from cocoedit_jax.sharding.rules import adapter_shardings, manual_specs
 
 Array = jax.Array
@@ -96,15 +95,6 @@ def init_state(
     copy = lambda: jax.tree.map(jnp.copy, theta)  # noqa: E731 - donated buffers must not be shared
     ema = copy() if cfg.ema_decay > 0 else None
     return TrainState(theta, copy(), ema, optimizer.init(theta), jnp.zeros((), jnp.int32))
-
-
-def _token_axes(editor: Editor, grid: Grid, conditioning: Conditioning, mesh: Mesh) -> tuple[str, ...]:
-    """The context axis, where every device can work on its share of text and image by itself. Elsewhere it is
-    automatic: the lengths do not divide, or the attention backend wants whole sequences."""
-    lengths = conditioning.text.states.shape[-2], grid.tokens + conditioning.source.shape[-2]
-    size, backend = mesh.shape[CONTEXT], editor.transformer.attention_backend
-    usable = size > 1 and backend not in BACKENDS and not any(length % size for length in lengths)
-    return (CONTEXT,) if usable else ()
 
 
 def make_train_step(
@@ -211,7 +201,7 @@ def make_train_step(
 
     def accumulate_everywhere(*inputs: Any) -> tuple[Tree, dict]:
         """``accumulate`` on all devices: gradients and metrics of each share, in front."""
-        axes = (*SAMPLE_AXES, *_token_axes(editor, grid, inputs[3].conditioning, mesh))
+        axes = (*SAMPLE_AXES, *editor.token_axes(inputs[3].conditioning, grid, mesh))
         everywhere, samples = PartitionSpec(), PartitionSpec(None, SAMPLE_AXES)
         weights = manual_specs(editor.network(editor.abstract()), mesh)
         return jax.shard_map(

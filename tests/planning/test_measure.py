@@ -53,7 +53,7 @@ def test_rows_of_the_devices_present(workload):
 class Fake:
     """A program that takes as many seconds as its candidate has samples per share, and memory in turn."""
 
-    compile_seconds, memory = 3.0, {"arguments": 5.0, "temporaries": 6.0, "total": 11.0}
+    compile_seconds, kept, memory = 3.0, True, {"arguments": 5.0, "temporaries": 6.0, "total": 11.0}
     calls: list = []
 
     def __init__(self, workload, candidate, phase, devices, micro_batches):
@@ -79,7 +79,8 @@ def test_programs_take_turns_and_what_is_known_is_told(workload, monkeypatch):
     assert told == [[(1, False)], [(1, False), (2, False)], *[[(1, True), (2, True)]] * 3]
     # Only those that nobody before needed as much as are known to be a program's own.
     assert [[p.get("peak") for p in row["phases"].values()] for row in found] == [[9, None], [20, None]]
-    assert found[0]["phases"]["train"]["need"] == 11 and "peak GiB" in tables.text_table(found)
+    table = tables.text_table(found)
+    assert found[0]["phases"]["train"]["need"] == 11 and "peak GiB" in table and "3.0 (kept)" in table
     assert found[1]["phases"]["rollout"]["measured"] == {"median": 4, "q1": 4, "q3": 4, "samples": 3}
 
 

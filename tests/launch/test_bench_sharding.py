@@ -1,10 +1,15 @@
-"""The command, by formula: no compiler, no accelerator."""
+"""The command, by formula: no compiler, no accelerator. What it recommends is what training takes."""
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from cocoedit_jax.planning import rows
+from cocoedit_jax.planning.workload import Workload, choose_candidates
+from configs import flux_kontext
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,6 +18,54 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch.bench_sharding", "--config=configs/flux_kontext.py", *arguments]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+# What launch.train does with its command line before it reads data: the mesh, and everything that is refused.
+PARSED = """
+import json, sys
+from launch import command, train
+command._parse(sys.argv)
+from cocoedit_jax.train.config_checks import check_config
+from cocoedit_jax.train.editors import EDITORS
+from cocoedit_jax.train.setup import phase_meshes
+config = train._CONFIG.value
+meshes = phase_meshes(config)
+check_config(config, *meshes, tuple(EDITORS))
+print(json.dumps([[dict(mesh.shape) for mesh in meshes], config.to_json_best_effort()]))
+"""
+
+
+def parsed(line: str, devices: int) -> tuple[list[dict], dict]:
+    """Meshes of rollout and training, and the configuration, that launch.train takes a command line to mean."""
+    python, module, train, *arguments = shlex.split(line)
+    assert (python, module, train) == ("python", "-m", "launch.train")
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-c", PARSED, *arguments], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    meshes, config = json.loads(done.stdout)
+    return meshes, json.loads(config)
+
+
+def test_the_recommended_command_is_one_that_training_takes():
+    config = flux_kontext.get_config("edit-r1")
+    config.mesh.data, config.train.layout, config.evaluation.batch_size = 4, "fsdp", 6
+    workload = Workload.of(config)
+    (candidate,) = choose_candidates(
+        workload, 16, layouts=["fsdp_context:context=4"], per_shard=[5], remat=["offload"], attention=["ring"],
+        adapters="sharded",
+    )  # fmt: skip
+    row = rows.row_of(candidate, workload, "v5e:4x4", 16, "compiled")
+    given = ["--config.mesh.data=4", "--config.train.layout=fsdp", "--config.evaluation.batch_size=6",
+             "--config.data.path=data/my edits"]  # fmt: skip
+    meshes, found = parsed(rows.training_command(row, workload, "configs/flux_kontext.py:edit-r1", given), 16)
+    assert meshes == [{"data": 1, "fsdp": 4, "context": 4, "tensor": 1}] * 2
+    assert found["preset"] == "edit-r1" and found["data"]["path"] == "data/my edits"
+    assert found["model"]["remat"] == "offload" and found["model"]["attention"] == "ring"
+    assert found["train"]["micro_batch"] == 20 and found["train"]["adapters"] == "sharded"
+    assert found["rollout"]["batch_size"] == 16  # divides 288, and is a multiple of four
 
 
 def test_a_gpu_cluster_is_planned_and_a_layout_recommended(tmp_path):

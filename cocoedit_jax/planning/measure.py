@@ -39,6 +39,9 @@ def fill(shapes: Any, seed: int = 0) -> Arrays:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             keys = jax.random.split(jax.random.key(seed), x.shape) if x.shape else jax.random.key(seed)
             return jax.device_put(keys, x.sharding)
+        if x.dtype in (jnp.int8, jnp.float8_e4m3fn):  # a quantised kernel
+            draw = jax.jit(lambda key: (32 * jax.random.normal(key, x.shape)).astype(x.dtype), out_shardings=x.sharding)
+            return draw(jax.random.key(int(rng.integers(2**31))))
         if x.dtype == jnp.bool_ or not jnp.issubdtype(x.dtype, jnp.floating):
             return jax.device_put(np.full(x.shape, x.dtype == jnp.bool_, x.dtype), x.sharding)
         if x.size * x.dtype.itemsize <= _HOST_BYTES:

@@ -5,9 +5,10 @@
         --layouts=fsdp,fsdp_tensor --per_shard=1,2 --remat=full,attention --recommend      # planned by the TPU compiler
     python -m launch.bench_sharding --config=configs/flux_kontext.py --topology=h100:8     # by formula
 
-Every layout x --per_shard x --remat x --attention is a row. Writes OUT/sharding.json and OUT/sharding.html. Planning
-for TPUs needs no TPU: pip install 'cocoedit-jax[tpu]' (or TPU_LIBRARY_PATH=.../libtpu.so) and JAX_PLATFORMS=cpu. One
-program takes the compiler minutes, once: results are kept in --cache, so that a later call goes on or is instant.
+Every layout x --per_shard x --remat x --attention x --quantize is a row. Writes OUT/sharding.json and
+OUT/sharding.html. Planning for TPUs needs no TPU: pip install 'cocoedit-jax[tpu]' (or TPU_LIBRARY_PATH=.../libtpu.so)
+and JAX_PLATFORMS=cpu. One program takes the compiler minutes, once: results are kept in --cache, so that a later call
+goes on or is instant.
 """
 
 import sys
@@ -27,6 +28,9 @@ _PER_SHARD = flags.DEFINE_list("per_shard", [], "Samples per micro-batch and sha
 _REMAT = flags.DEFINE_list("remat", [], "Remat policies; default: the configuration's.")
 _ATTENTION = flags.DEFINE_list("attention", [], "Attention backends; default: the configuration's.")
 _ADAPTERS = flags.DEFINE_string("adapters", "", "replicated or sharded; default: the configuration's.")
+_QUANTIZE = flags.DEFINE_list(
+    "quantize", [], "Formats of the frozen base: none, int8, int8_weights, fp8; default: the configuration's."
+)
 _PHASES = flags.DEFINE_list("phases", ["rollout", "train"], "Phases of a step to look at.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measured rounds.", lower_bound=2)
 _MICRO_BATCHES = flags.DEFINE_integer(
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> None:
             per_shard=[int(text) for text in _PER_SHARD.value],
             remat=_REMAT.value,
             attention=_ATTENTION.value,
+            quantize=_QUANTIZE.value,
             adapters=_ADAPTERS.value or config.train.get("adapters", "replicated"),
         )
         usable = rows.check_samples(workload, chosen)

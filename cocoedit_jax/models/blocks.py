@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from cocoedit_jax.models import quantize
 from cocoedit_jax.models.attention_blocked import ATTENTION_NAME
 from cocoedit_jax.models.layers import (
     LORA,
@@ -39,10 +40,19 @@ def _cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
+def _float_dots(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Matmul outputs, but for sums of quantised numbers: what is made of those is named, and half as large."""
+    return params.get("preferred_element_type") != jnp.int32 and _policies.dots_with_no_batch_dims_saveable(
+        primitive, *operands, **params
+    )
+
+
 # What the forward pass keeps for the backward pass, which recomputes the rest.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,  # every activation
-    "dots": _policies.dots_with_no_batch_dims_saveable,  # matmul outputs
+    "dots": _policies.save_from_both_policies(  # matmul outputs
+        _float_dots, _policies.save_only_these_names(quantize.OUTPUT_NAME)
+    ),
     "attention": _policies.save_from_both_policies(  # block inputs, attention outputs and their softmax statistics
         _policies.save_only_these_names(ATTENTION_NAME), _cudnn_forward
     ),

@@ -22,6 +22,7 @@ from cocoedit_jax.flow.schedule import flow_match_sigmas
 from cocoedit_jax.models.attention import token_axes
 from cocoedit_jax.models.autoencoder import Autoencoder
 from cocoedit_jax.models.layers import LORA, MODULATION
+from cocoedit_jax.models.quantize import quantize_params
 from cocoedit_jax.models.text import Instruction, TextSide, TextStates
 
 Array = jax.Array
@@ -97,6 +98,7 @@ class Editor:
         patch: latent cells per token side.
         guidance: embedded guidance scale; None for models without one.
         schedule: keyword arguments of ``flow_match_sigmas``.
+        quantize: format of the transformer's kernels in ``params`` (``quantize.FORMATS``); empty: full precision.
     """
 
     transformer: Any
@@ -105,6 +107,7 @@ class Editor:
     patch: int = 2
     guidance: float | None = None
     schedule: tuple[tuple[str, Any], ...] = ()
+    quantize: str = ""
 
     @property
     def unit(self) -> int:
@@ -208,7 +211,7 @@ class Editor:
         """Freshly initialised parameters, with logical axis names boxed into every leaf (``flax.linen.unbox``)."""
         text_key, transformer_key, autoencoder_key = jax.random.split(key, 3)
         return {
-            "transformer": self.transformer.init_params(transformer_key),
+            "transformer": quantize_params(self.transformer.init_params(transformer_key), self.quantize),
             "text": self.text.init(text_key),
             "autoencoder": self.autoencoder.init(autoencoder_key),
         }

@@ -95,7 +95,11 @@ def phase_key(workload: Workload, candidate: Candidate, topology: str, phase: st
         for unused in ("rollout_batch", "solver"):
             shape.pop(unused)
     given.pop("layout")  # its sizes say it
-    model = {k: v for k, v in workload.config.model.to_dict().items() if k not in ("remat", "attention")}
+    given["quantize"] = candidate.quantize_in(phase)
+    if not given["quantize"]:  # as it was called before there were formats
+        given.pop("quantize")
+    unused = ("remat", "attention", "quantize")
+    model = {k: v for k, v in workload.config.model.to_dict().items() if k not in unused}
     algorithm = dataclasses.asdict(workload.algorithm) if phase == "train" else {}
     return {
         "phase": phase, "topology": topology, "candidate": given, "shape": shape, "model": model,
@@ -127,7 +131,8 @@ class Cache:
 
 def lower_phase(workload: Workload, candidate: Candidate, phase: str, mesh: Mesh) -> jax.stages.Lowered:
     """The phase, traced for ``mesh``."""
-    editor, shape = workload.editor(candidate.remat, candidate.attention), workload.shape(candidate)
+    editor = workload.editor(candidate.remat, candidate.attention, candidate.quantize_in(phase))
+    shape = workload.shape(candidate)
     if phase == "rollout":
         return lower_rollout(editor, workload.lora, shape, mesh)
     return lower_step(editor, workload.algorithm, workload.lora, shape, mesh)

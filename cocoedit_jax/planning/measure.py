@@ -37,6 +37,8 @@ def fill(shape: Any, seed: int = 0) -> jax.Array:
     if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         keys = jax.random.split(jax.random.key(seed), shape.shape) if shape.shape else jax.random.key(seed)
         return jax.device_put(keys, shape.sharding)
+    if shape.dtype == jnp.int8:  # a quantised kernel
+        return _hashed(shape)()
     if shape.dtype == jnp.bool_ or not jnp.issubdtype(shape.dtype, jnp.floating):
         return jax.device_put(np.full(shape.shape, shape.dtype == jnp.bool_, shape.dtype), shape.sharding)
     if shape.size * shape.dtype.itemsize <= _HOST_BYTES:
@@ -46,7 +48,7 @@ def fill(shape: Any, seed: int = 0) -> jax.Array:
 
 
 def _hashed(shape: Any) -> Callable[[], jax.Array]:
-    """A program that makes an array of ``shape``, uniform in +-0.035 by a hash of the place.
+    """A program that makes an array of ``shape``, uniform by a hash of the place: in +-0.035, or +-100 in int8.
 
     Elements are made where they stay: random bits of gigabytes would need more memory than what is to be measured.
     """
@@ -57,7 +59,7 @@ def _hashed(shape: Any) -> Callable[[], jax.Array]:
             h = (h ^ jax.lax.broadcasted_iota(jnp.uint32, shape.shape, axis)) * jnp.uint32(0x9E3779B1)
             h = h ^ (h >> jnp.uint32(15))
         unit = (h >> jnp.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
-        return ((unit - np.float32(0.5)) * np.float32(0.07)).astype(shape.dtype)
+        return ((unit - np.float32(0.5)) * np.float32(200 if shape.dtype == jnp.int8 else 0.07)).astype(shape.dtype)
 
     return jax.jit(make, out_shardings=shape.sharding)
 

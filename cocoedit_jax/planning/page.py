@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from cocoedit_jax.planning.rows import Row
-from cocoedit_jax.planning.tables import cells, details, notes
+from cocoedit_jax.planning.tables import base_text, cells, details, notes
 from cocoedit_jax.reporting import html
 from cocoedit_jax.reporting.pictures import COLORS, THEMES, figure_bytes, style_axes
 
@@ -20,6 +20,8 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
                        ("attention", "{}")):  # fmt: skip
         if len({r[key] for r in rows}) > 1:
             parts.append(words.format(row[key]))
+    if len({tuple(r["quantize"]) for r in rows}) > 1:
+        parts.append(base_text(row))
     return ", ".join(parts)
 
 

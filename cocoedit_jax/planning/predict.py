@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 
 from cocoedit_jax.models.editor import Editor
+from cocoedit_jax.models.quantize import same_storage
 from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.sharding.chips import Chip
@@ -73,6 +74,15 @@ def _weights(abstract: Any, mesh: Any) -> tuple[float, float]:
         axes = [axis for axis in partition_spec(names, value.shape, mesh) if axis]
         whole, local = whole + size, local + size / math.prod(mesh.shape[axis] for axis in axes)
     return whole, local
+
+
+def base_beside(workload: Workload, candidate: Candidate, phase: str) -> float:
+    """Bytes on one device of the base that the other phase uses, where it is not the same one."""
+    other = candidate.quantize_in("train" if phase == "rollout" else "rollout")
+    if same_storage(other, candidate.quantize_in(phase)):
+        return 0.0
+    editor = workload.editor(candidate.remat, "xla", other)
+    return _weights(editor.abstract()["transformer"], _Sizes(dict(candidate.sizes)))[1]
 
 
 def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> float:
@@ -191,7 +201,7 @@ def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, p
 
 def by_formula(workload: Workload, candidate: Candidate, topology: Topology, phase: str) -> dict[str, Any]:
     """A phase of a row, without a compiler."""
-    editor = workload.editor(candidate.remat, "xla")
+    editor = workload.editor(candidate.remat, "xla", candidate.quantize_in(phase))
     used = formula_memory(workload, editor, candidate, phase)
     exchanged = formula_exchange(workload, editor, candidate, phase)
     return {

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.quantize import phase_formats
 from cocoedit_jax.planning import predict
 from cocoedit_jax.planning.compiler import PHASES, Cache, compile_phase, load_topology, phase_key
 from cocoedit_jax.planning.topology import Topology
@@ -27,7 +28,8 @@ def row_of(candidate: Candidate, workload: Workload, where: str, devices: int, m
         "where": where, "devices": devices, "method": method, "model": workload.config.model.kind,
         "resolution": workload.config.data.resolution, "layout": candidate.layout, "mesh": dict(candidate.sizes),
         "per_shard": candidate.per_shard, "micro_batch": candidate.batch, "remat": candidate.remat,
-        "attention": candidate.attention, "adapters": candidate.adapters, "phases": {}, "fits": True,
+        "attention": candidate.attention, "adapters": candidate.adapters, "quantize": list(candidate.quantize),
+        "phases": {}, "fits": True,
     }  # fmt: skip
 
 
@@ -46,6 +48,13 @@ def predicted_phase(
     out = dict(found)
     available = found.get("available") or topology.chip.hbm
     out["available"] = available
+    beside = predict.base_beside(workload, candidate, phase)
+    if beside and out.get("need") is not None:
+        out["need"] += beside
+        out["fits"] = out["fits"] and out["need"] <= available
+        if "memory" in out:
+            held = {name: out["memory"][name] + beside for name in ("arguments", "total")}
+            out["memory"] = {**out["memory"], **held}
     if out.get("need") is not None and not out["fits"]:
         out["over"] = max(0.0, out["need"] - available)
     if not out["fits"]:
@@ -53,7 +62,7 @@ def predicted_phase(
     executions = math.ceil(workload.samples / candidate.batch) if phase == "rollout" else 1
     out["collectives"] = _per_step(found, executions)
     exchanged = found.get("exchanged", sum(c["bytes"] for c in out["collectives"].values()))
-    editor = workload.editor(candidate.remat, "xla")
+    editor = workload.editor(candidate.remat, "xla", candidate.quantize_in(phase))
     flops = predict.executed_flops(workload, editor, candidate.remat)[phase]
     # Shares of samples that do not fill up: their devices compute all the same.
     flops *= math.ceil(workload.samples / candidate.batch) * candidate.batch / workload.samples
@@ -165,6 +174,9 @@ def training_command(row: Row, workload: Workload, config_file: str, overrides: 
     settings |= {f"{phase}.layout": "" for phase in ("rollout", "train") if config[phase].get("layout", "")}
     settings |= {"rollout.batch_size": batch, "train.micro_batch": row["micro_batch"], "model.remat": row["remat"]}
     settings |= {"model.attention": row["attention"]}
+    if row["quantize"] != list(phase_formats(config)):
+        own = [phase for phase in PHASES if config[phase].get("quantize", "")]
+        settings |= {"model.quantize": row["quantize"][0]} | {f"{phase}.quantize": "" for phase in own}
     if row["adapters"] != config.train.get("adapters", "replicated"):
         settings["train.adapters"] = row["adapters"]
     if config.evaluation.batch_size % shards:

@@ -23,7 +23,15 @@ PREDICTED = (
     "Seconds are predictions: the roofline of data-sheet peaks, the largest of arithmetic, memory traffic and "
     "exchange, as if the other two were hidden behind it. Real steps take longer."
 )
+QUANTIZED = (
+    "Base: its format in rollout/optimizer step. Arithmetic of 8-bit formats is predicted at the peak of bfloat16."
+)
 BY_FORMULA = "Memory and exchanges of these rows are by formula: no compiler was asked."
+
+
+def base_text(row: Row) -> str:
+    """Formats of the frozen base: ``int8``, or ``int8/full`` for rollout and optimizer step."""
+    return "/".join(dict.fromkeys(form or "full" for form in row["quantize"]))
 
 
 def _gib(value: float | None) -> str:
@@ -103,8 +111,9 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "remat": [row["remat"] for row in rows],
         "attention": [row["attention"] for row in rows],
         "adapters": [row["adapters"] for row in rows],
+        "base": [base_text(row) for row in rows],
     }
-    optional = ("where", "px", "attention", "adapters")
+    optional = ("where", "px", "attention", "adapters", "base")
     columns = {k: v for k, v in columns.items() if k not in optional or len(set(v)) > 1}
     for phase in ("rollout", "train"):
         of = [row["phases"].get(phase) for row in rows]
@@ -132,6 +141,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     said = []
     if methods - {"measured"}:
         said += [LEGEND, PREDICTED]
+        said += [QUANTIZED] if any(any(row["quantize"]) for row in rows) else []
     if "by formula" in methods:
         said.append(BY_FORMULA)
     if "measured" in methods:

@@ -1,5 +1,6 @@
 """The editors that ``config.model.kind`` can name. Adding one is a function here (CONTRIBUTING.md, "Add an editor")."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,6 +20,7 @@ from cocoedit_jax.models import kontext, qwen_edit
 from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.pipeline import BuildOptions
+from cocoedit_jax.models.quantize import quantize_params
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding import processes
@@ -55,6 +56,7 @@ def build_options(model: ConfigDict) -> BuildOptions:
         vae_tile=model.vae_tile or None,
         remat=model.remat,
         attention_backend=model.attention,
+        quantize=model.get("quantize", ""),
     )
 
 
@@ -87,8 +89,14 @@ def quickstart(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -> 
     """A base written by ``launch.pretrain``; ``model.path`` empty: the one in the package."""
     folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
     editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
+    editor = dataclasses.replace(editor, quantize=config.model.get("quantize", ""))
     shardings = parameter_shardings(editor.abstract(), mesh)
-    return editor, lambda: jax.device_put(nn.unbox(params), shardings)
+
+    def load() -> Any:
+        transformer = quantize_params(params["transformer"], editor.quantize)
+        return jax.device_put(params | {"transformer": transformer}, shardings)
+
+    return editor, load
 
 
 @register_editor("flux_kontext")

@@ -16,13 +16,14 @@ from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples
 from cocoedit_jax.data.records import fingerprint
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
-from cocoedit_jax.models.editor import Conditioning, Grid
+from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.report import write_report
 from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, write_json
 from cocoedit_jax.rewards.judge import judge_hook
 from cocoedit_jax.sharding import processes
+from cocoedit_jax.sharding.base import Base
 from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.sharding.rules import adapter_shardings
 from cocoedit_jax.sharding.shares import Shares, divide, place
@@ -93,11 +94,10 @@ class Trainer:
     def _placed(self, state: TrainState) -> TrainState:
         return jax.device_put(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
 
-    def _base_on(self, mesh: Mesh, timer: PhaseTimer) -> Any:
-        """The base's parameters on ``mesh``; a move is a phase of its own."""
-        base = self.setup.base
+    def _base_on(self, base: Base, editor: Editor, mesh: Mesh, timer: PhaseTimer) -> Any:
+        """The parameters of ``base`` on ``mesh``, for ``editor``; a move is a phase of its own."""
         with timer("reshard") if base.mesh != mesh else nullcontext():
-            return base.on(mesh)
+            return base.on(mesh, editor.quantize)
 
     def programs(self, bucket: int) -> Programs:
         """Sampler and optimizer step for the images of ``bucket``."""
@@ -107,7 +107,7 @@ class Trainer:
             sigmas = setup.editor.sigmas(rollout.steps, grid)
             self._programs[bucket] = Programs(
                 grid,
-                make_sampler(setup.editor, grid, sigmas, rollout.solver, setup.rollout_mesh),
+                make_sampler(setup.rollout_editor, grid, sigmas, rollout.solver, setup.rollout_mesh),
                 make_train_step(
                     setup.editor,
                     grid,
@@ -135,7 +135,8 @@ class Trainer:
             shares = divide(plan.group, self.config.rollout.batch_size, self.setup.rollout_mesh)
             batch, loaded, text = self._load(step, records, shares)
             programs = self.programs(self.setup.train_records[int(records[0])].bucket)
-        params = self._base_on(self.setup.rollout_mesh, timer)
+        setup = self.setup
+        params = self._base_on(setup.rollout_base, setup.rollout_editor, setup.rollout_mesh, timer)
         with timer("encode"):
             conditioning = self.encode(params, shares, loaded["image"], text)
         with timer("rollout"):
@@ -194,7 +195,7 @@ class Trainer:
         if not count:  # nothing to learn from; the step still counts, so that the data position moves on
             self.state = dataclasses.replace(self.state, step=self.state.step + 1)
             return {}
-        params = self._base_on(self.setup.mesh, timer)
+        params = self._base_on(self.setup.base, self.setup.editor, self.setup.mesh, timer)
         with timer("train"):
             batch = place(host, batch_sharding(self.setup.mesh, axis=1))
             scalars = StepScalars(

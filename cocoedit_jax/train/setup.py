@@ -17,6 +17,7 @@ from cocoedit_jax.data.source import record_dataset
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.editor import Editor
+from cocoedit_jax.models.quantize import phase_formats, same_storage
 from cocoedit_jax.models.text import Instruction
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.reporting.telemetry import progress
@@ -36,7 +37,10 @@ class Setup:
     Attributes:
         mesh: of the optimizer step.
         rollout_mesh: of sampling, for rollouts and evaluations; the same devices.
-        base: the frozen base, on whichever of the two used it last.
+        editor: as the optimizer step and evaluations use it.
+        rollout_editor: as sampling of the step's edits uses it: the same, or with another ``quantize``.
+        base: the frozen base of ``editor``, on whichever of the two meshes used it last.
+        rollout_base: that of ``rollout_editor``: the same object, unless one of the two is of full precision.
     """
 
     config: ConfigDict
@@ -45,7 +49,9 @@ class Setup:
     mesh: Mesh
     rollout_mesh: Mesh
     editor: Editor
+    rollout_editor: Editor
     base: Base
+    rollout_base: Base
     framing: Framing
     train: grain.MapDataset
     train_records: tuple[Record, ...]
@@ -187,7 +193,12 @@ def build(config: ConfigDict) -> Setup:
     judge = make_judge(**judge_options(config.judge.to_dict()))
     framing = Framing(config.data.resolution, config.data.crop, divisor=16)
     found = load_records(config, framing)
-    editor, load_params = EDITORS[config.model.kind](config, rollout_mesh, found.root, framing)
+    rollout_format, train_format = phase_formats(config)
+    loaded_format = train_format if rollout_format else ""
+    loaded = ConfigDict(config.to_dict())
+    loaded.model.quantize = loaded_format
+    editor, load_params = EDITORS[config.model.kind](loaded, rollout_mesh, found.root, framing)
+    in_format = lambda name: dataclasses.replace(editor, quantize=name)  # noqa: E731
     for phase, used in (("rollout", rollout_mesh), ("train", mesh)):
         own = config[phase].get("layout", "")
         check_shape(used, editor.transformer.config, f"config.{phase}.layout={own!r}" if own else "config.mesh")
@@ -208,11 +219,16 @@ def build(config: ConfigDict) -> Setup:
         )
     try:
         processes.gather("judge", lambda: judge_hook(judge, "start")())
-        base = Base(load_params(), editor.abstract(), rollout_mesh)  # where it is used first
+        first = Base(load_params(), editor.abstract(), rollout_mesh)  # where it is used first
+        rollout_base, base = (
+            first if same_storage(name, loaded_format) else first.quantized(in_format(name).abstract())
+            for name in (rollout_format, train_format)
+        )
     except BaseException:
         judge_hook(judge, "close")()
         raise
     return Setup(
-        config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, rollout_mesh, editor,
-        base, framing, record_dataset(train, framing), train, record_dataset(held_out, framing), held_out, judge,
+        config, algorithm, lora.LoraConfig(rank=config.lora.rank, alpha=config.lora.alpha), mesh, rollout_mesh,
+        in_format(train_format), in_format(rollout_format), base, rollout_base, framing, record_dataset(train, framing),
+        train, record_dataset(held_out, framing), held_out, judge,
     )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Training with a quantised base: layouts, gradients of the adapter, abstract shapes, whole runs."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.models import lora, quantize
+from cocoedit_jax.models.quantize import FORMATS, phase_formats
+from cocoedit_jax.planning import rows
+from cocoedit_jax.planning.compiler import phase_key
+from cocoedit_jax.planning.predict import by_formula
+from cocoedit_jax.planning.topology import parse_topology
+from cocoedit_jax.planning.workload import Workload, choose_candidates
+from cocoedit_jax.sharding.layouts import layout_mesh
+from cocoedit_jax.sharding.mesh import make_mesh
+from cocoedit_jax.train.config_checks import check_config
+from cocoedit_jax.train.editors import EDITORS
+from cocoedit_jax.train.loop import Trainer
+from cocoedit_jax.train.plan import StepShape, lower_rollout, lower_step
+from cocoedit_jax.train.run_folder import check_claim, claim
+from cocoedit_jax.train.setup import build
+from configs import flux_kontext, qwen_image_edit
+from tests.train.layout_cases import CFG, LORA, SIZE, TEXT, editor, rollout, step
+
+
+def relative(ours, reference):
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (ours, reference)]
+    return np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1])
+
+
+def moment(case):
+    """Adam's first moment after one step: the gradient of the adapter."""
+    return case.results[0].opt_state[1][0].mu
+
+
+@pytest.mark.parametrize(
+    "model, layout, name",
+    [("flux", "fsdp_context:context=2,tensor=2", "int8"), ("qwen", "fsdp", "fp8")],
+)
+def test_layouts_compute_what_one_device_does(model, layout, name):
+    """Kernels and activations are rounded alike however they are split; the programs hold and fetch 8-bit numbers."""
+    ours, reference = step(model, layout, quantize=name), step(model, "one", quantize=name)
+    assert all(jax.tree.leaves(ours.results[2]))
+    # A sum in another order may round an activation to the neighbouring number.
+    assert relative(moment(ours), moment(reference)) < 1e-3
+    (x0, _), (expected, _) = rollout(model, layout, quantize=name).results, rollout(model, "one", quantize=name).results
+    assert relative(x0, expected) < 1e-3
+    text, kind = ours.program.as_text() or "", "s8" if name == "int8" else "f8e4m3fn"
+    fetched = [line for line in text.splitlines() if "all-gather(" in line or "all-gather-start(" in line]
+    assert any(f"= {kind}[" in line or f"{kind}[" in line.partition("all-gather")[0] for line in fetched)
+    kernels = [x for x in jax.tree.leaves(ours.inputs[1]["transformer"], is_leaf=quantize.is_kernel)]
+    assert sum(quantize.is_kernel(x) for x in kernels) == (17 if model == "flux" else 12)
+
+
+@pytest.mark.parametrize("name, bound", [("int8", 0.05), ("int8_weights", 0.05), ("fp8", 0.2)])
+def test_gradient_of_the_adapter_is_close_to_that_of_the_base_in_full(name, bound):
+    """A random network of width 32 without any training; the larger ones of ``RESULTS.md`` are far closer."""
+    assert 1e-4 < relative(moment(step("flux", "one", quantize=name)), moment(step("flux", "one"))) < bound
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+def test_phases_have_their_own_formats(config):
+    def formats(model="", rollout="", train=""):
+        config.model.quantize, config.rollout.quantize, config.train.quantize = model, rollout, train
+        return phase_formats(config)
+
+    assert formats() == ("", "")
+    assert formats("int8") == ("int8", "int8")
+    assert formats("", "int8") == ("int8", "")
+    assert formats("int8", "", "int8_weights") == ("int8", "int8_weights")
+    with pytest.raises(UserError, match=r"rollout\.quantize='int8', config\.train\.quantize='fp8'; expected"):
+        formats("", "int8", "fp8")
+    with pytest.raises(UserError, match=r"config\.train\.quantize='int3'"):
+        formats("", "", "int3")
+
+
+def test_configuration_is_refused_with_all_else_that_is_wrong(config):
+    config.model.quantize = "int7"
+    config.train.steps = 0
+    mesh = make_mesh({"data": 1})
+    with pytest.raises(UserError, match=r"(?s)config\.train\.steps=0.*config\.model\.quantize='int7'"):
+        check_config(config, mesh, mesh, tuple(EDITORS))
+
+
+def test_a_run_goes_on_in_its_own_format(config, tmp_path):
+    claim(tmp_path, config, resume=False)
+    old = json.loads((tmp_path / "config.json").read_text())
+    for section in ("model", "rollout", "train"):
+        old[section].pop("quantize")
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    check_claim(tmp_path, config, resume=True)
+    config.rollout.quantize = "int8"
+    with pytest.raises(UserError, match=r"rollout\.quantize: '' then, 'int8' now"):
+        check_claim(tmp_path, config, resume=True)
+
+
+def kernel_of(params):
+    return params["transformer"]["single_transformer_blocks"]["proj_mlp"]["kernel"]
+
+
+def test_bases_of_the_phases(config):
+    """One in memory where both store the same numbers; two where one phase is of full precision."""
+    config.model.quantize, config.train.quantize = "int8", "int8_weights"
+    setup = build(config)
+    assert setup.base is setup.rollout_base and kernel_of(setup.params).format == "int8_weights"
+    sampled = setup.rollout_base.on(setup.rollout_mesh, setup.rollout_editor.quantize)
+    assert kernel_of(sampled).format == "int8" and kernel_of(sampled).values is kernel_of(setup.params).values
+    for phases in (("int8", ""), ("", "int8")):
+        config.model.quantize, (config.rollout.quantize, config.train.quantize) = "", phases
+        two = build(config)
+        stored = [quantize.is_kernel(kernel_of(base.params)) for base in (two.rollout_base, two.base)]
+        assert stored == [bool(name) for name in phases]
+        assert (two.rollout_editor.quantize, two.editor.quantize) == phases
+        one = (two.rollout_base if phases[0] else two.base).params
+        for ours, expected in zip(jax.tree.leaves(one), jax.tree.leaves(setup.params), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+        assert two.base.params["transformer"]["proj_out"]["kernel"] is not one["transformer"]["proj_out"]["kernel"] or (
+            one is two.base.params
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phases", [("int8", "int8"), ("int8", ""), ("fp8", "fp8"), ("int8", "int8_weights")])
+def test_whole_runs(config, tmp_path, phases):
+    config.rollout.quantize, config.train.quantize = phases
+    config.rollout.layout = "fsdp:fsdp=2" if phases[1] else ""
+    config.mesh.data = 2 if phases[1] else 1
+    trainer = Trainer(build(config), tmp_path)
+    trainer.train()
+    assert int(trainer.state.step) == config.train.steps
+    assert max(np.abs(x).max() for x in jax.tree.leaves(lora.fold_scale(trainer.state.theta, LORA))) > 0
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flux", "qwen"])
+def test_arguments_of_planned_programs_shrink(kind):
+    """The kernels of the blocks take a quarter of float32, whatever the mesh; the rest is as it was."""
+    config = (flux_kontext if kind == "flux" else qwen_image_edit).get_config()
+    workload = Workload.of(config)
+    topology = parse_topology("h100:8")
+    (plain,) = choose_candidates(workload, 8, layouts=["fsdp"], per_shard=[1])
+    found = {}
+    for name in ("", *FORMATS):
+        candidate = dataclasses.replace(plain, quantize=(name, name))
+        found[name] = {
+            p: by_formula(workload, candidate, topology, p)["memory"]["arguments"] for p in ("rollout", "train")
+        }
+        assert phase_key(workload, candidate, "v5e:4x4", "train")["candidate"].get("quantize", "") == name
+    blocks = {"flux": 7.6e9, "qwen": 13.6e9}[kind]  # parameters of their large layers
+    for phase in ("rollout", "train"):
+        saved = found[""][phase] - found["int8"][phase]
+        assert saved == pytest.approx(3 * blocks / 8, rel=0.05)
+        assert found["int8"][phase] == found["fp8"][phase] == found["int8_weights"][phase]
+
+
+def test_lowered_programs_take_8_bit_arguments():
+    model = dataclasses.replace(editor("qwen"), quantize="int8")
+    side = SIZE * model.autoencoder.factor
+    shape = StepShape(side, side, TEXT, True, 16, 8, False, 2, 8)
+    mesh = layout_mesh("fsdp")
+    for lowered, plain in (
+        (lower_step(model, CFG, LORA, shape, mesh), lower_step(editor("qwen"), CFG, LORA, shape, mesh)),
+        (lower_rollout(model, LORA, shape, mesh), lower_rollout(editor("qwen"), LORA, shape, mesh)),
+    ):
+        size = lambda x: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x.in_avals))  # noqa: E731
+        stored = jax.tree.leaves(model.abstract()["transformer"], is_leaf=quantize.is_kernel)
+        kernels = [x for x in stored if quantize.is_kernel(x)]
+        values = sum(x.values.value.size for x in kernels)
+        scales = sum(x.scale.value.size for x in kernels)
+        assert size(plain) - size(lowered) == 3 * values - 4 * scales > 0
+        text = lowered.as_text()
+        assert "xi8>) -> tensor<" in text.replace(", ", "").replace("  ", "") or "xi8>" in text
+
+
+def test_planner_compares_formats_and_counts_a_second_base():
+    config = flux_kontext.get_config()
+    workload, topology = Workload.of(config), parse_topology("h100:8")
+    names = ["none", "int8"]
+    candidates = choose_candidates(workload, 8, layouts=["replicated"], per_shard=[1], quantize=names)
+    assert [c.quantize for c in candidates] == [("", ""), ("int8", "int8")]
+    with pytest.raises(UserError, match="--quantize=int2"):
+        choose_candidates(workload, 8, layouts=["replicated"], quantize=["int2"])
+    mixed = dataclasses.replace(candidates[0], quantize=("int8", ""))
+    plain, small, both = rows.planned_rows(workload, [*candidates, mixed], topology, None)  # pyright: ignore
+    need = lambda row, phase: row["phases"][phase]["need"]  # noqa: E731
+    assert need(small, "train") < need(plain, "train") < need(both, "train")
+    base = need(plain, "rollout") - need(small, "rollout")  # what the smaller one saves
+    assert need(both, "train") - need(plain, "train") == pytest.approx(2 * 11.9e9 * 2 - base, rel=0.5)
+    command = rows.training_command(small, workload, "configs/flux_kontext.py")
+    assert "--config.model.quantize=int8" in command
+    assert "quantize" not in rows.training_command(plain, workload, "configs/flux_kontext.py")

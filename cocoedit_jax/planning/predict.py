@@ -41,7 +41,7 @@ def model_flops(workload: Workload, editor: Editor) -> dict[str, float]:
     """Of one optimizer step by phase, over all devices, as the trainer counts them for MFU: nothing recomputed."""
     cfg, steps = workload.algorithm, workload.config.rollout.steps
     shape, length, samples = editor.transformer.config, tokens(workload, editor), workload.samples
-    forwards = (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+    forwards = cfg.forwards_without_gradient
     gradient = lora_gradient_flops(shape, length, samples) + forwards * forward_flops(shape, length, samples)
     return {"rollout": steps * forward_flops(shape, length, samples), "train": cfg.num_timesteps(steps) * gradient}
 
@@ -96,7 +96,7 @@ def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase:
         passes = steps
     else:
         recompute = candidate.remat in ("full", "attention", "offload")
-        forwards = 1 + recompute + (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+        forwards = 1 + recompute + cfg.forwards_without_gradient
         passes = cfg.num_timesteps(steps) * (forwards + 2)  # the backward pass reads and writes about twice a forward's
     local = tokens(workload, editor) / sizes["context"] / sizes["tensor"]
     width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
@@ -180,7 +180,7 @@ def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, p
     passes = steps
     if phase == "train":
         # The backward pass fetches a layer once, for what it recomputes too.
-        forwards = 2 + (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+        forwards = 2 + cfg.forwards_without_gradient
         passes = cfg.num_timesteps(steps) * forwards
     others = {axis: (size - 1) / size for axis, size in sizes.items()}
     states = candidate.per_shard * tokens(workload, editor) / sizes[CONTEXT] * shape.hidden * width * shape.num_blocks

@@ -20,7 +20,7 @@ from jax._src import distributed  # its client is the only way to the store
 from cocoedit_jax.errors import UserError
 
 BEAT_S = 2.0  # seconds between signs of life
-LOST_S = 60.0  # without one for so long, a process counts as lost
+LOST_S = 90.0  # without one for so long, a process counts as lost; JAX ends all after 100 s
 SUSPECT_S = 15.0  # the same after an exchange between devices has failed, as it does when the other side is gone
 GRACE_S = 15.0  # from another process's failure to the end of this one, whatever it is doing
 _SPACE = "cocoedit_jax"
@@ -64,12 +64,13 @@ def _client() -> Any:
 _number = 0  # of exchanges begun; equal in all processes that are at the same place
 
 
-def gather(name: str, work: Callable[[], Any]) -> list[Any]:
+def gather(name: str, work: Callable[[], Any], *, blame: bool = True) -> list[Any]:
     """What ``work`` returns in every process, in their order, everywhere. All must call it, in the same order.
 
     Args:
         name: of the place in the program; a process at another one is an error.
         work: returns what JSON can hold; NaN and infinite numbers may be among it.
+        blame: whether an error's message names the process; where all say the same, it never does.
 
     Raises:
         Agreed: in all processes, when ``work`` raised a UserError in any of them.
@@ -96,15 +97,11 @@ def gather(name: str, work: Callable[[], Any]) -> list[Any]:
         raise RuntimeError(f"processes are not in step: {[reply['name'] for reply in replies]}")
     errors = {process: reply["error"] for process, reply in enumerate(replies) if "error" in reply}
     if errors:
-        raise Agreed(_told(errors))
+        texts = list(errors.values())
+        same = len(texts) == count() and len(set(texts)) == 1
+        named = [f"process {process}: {text}" if blame else text for process, text in errors.items()]
+        raise Agreed(texts[0] if same else "\n".join(named))
     return [reply["value"] for reply in replies]
-
-
-def _told(errors: dict[int, str]) -> str:
-    """One message for all; what every process says is said once."""
-    if len(errors) == count() and len(set(errors.values())) == 1:
-        return next(iter(errors.values()))
-    return "\n".join(f"process {process}: {text}" for process, text in errors.items())
 
 
 def _wait(key: str) -> str:
@@ -121,7 +118,7 @@ def _wait(key: str) -> str:
 
 def from_first(name: str, work: Callable[[], Any]) -> Any:
     """What ``work`` returns in process 0, where alone it is called; otherwise as ``gather``."""
-    return gather(name, lambda: work() if is_first() else None)[0]
+    return gather(name, lambda: work() if is_first() else None, blame=False)[0]
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

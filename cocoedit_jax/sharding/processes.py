@@ -136,14 +136,19 @@ class _Watch(threading.Thread):
         self.failure = ""
         self.suspicious = False
         self._done = threading.Event()
+        self._count = 0
         self._beats: dict[str, tuple[str, float]] = {}  # process -> last sign of life, and when it was first seen
+        self._beat()  # so that it is missed, even if it ends at once
+
+    def _beat(self) -> None:
+        self._count += 1
+        _client().key_value_set(f"{_SPACE}/alive/{index()}", str(self._count), allow_overwrite=True)
 
     def run(self) -> None:
-        beat, failed_at = 0, 0.0
+        failed_at = 0.0
         while not self._done.wait(BEAT_S):
-            beat += 1
             try:
-                _client().key_value_set(f"{_SPACE}/alive/{index()}", str(beat), allow_overwrite=True)
+                self._beat()
                 self.failure = self.failure or self._find_failure()
             except jax.errors.JaxRuntimeError as error:
                 self.failure = self.failure or f"process 0, which all others depend on, cannot be reached ({error})"

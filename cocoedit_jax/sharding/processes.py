@@ -128,13 +128,13 @@ class _Watch(threading.Thread):
     """Shows the others that this process lives, and learns when one of them fails or is gone.
 
     If that does not end this process in ``GRACE_S`` seconds, because it waits for an exchange that will never be, it
-    is ended here.
+    is ended here; so it is when it has failed itself and does not come to its end.
     """
 
     def __init__(self) -> None:
         super().__init__(name="processes", daemon=True)
         self.failure = ""
-        self.suspicious = False
+        self.suspicious = self.leaving = False
         self._done = threading.Event()
         self._count = 0
         self._beats: dict[str, tuple[str, float]] = {}  # process -> last sign of life, and when it was first seen
@@ -152,10 +152,10 @@ class _Watch(threading.Thread):
                 self.failure = self.failure or self._find_failure()
             except jax.errors.JaxRuntimeError as error:
                 self.failure = self.failure or f"process 0, which all others depend on, cannot be reached ({error})"
-            if self.failure:
+            if self.failure or self.leaving:
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > GRACE_S:
-                    _end_now(self.failure)
+                    _end_now("" if self.leaving else self.failure)
 
     def _find_failure(self) -> str:
         told = _read_all(f"{_SPACE}/failed")
@@ -180,10 +180,8 @@ class _Watch(threading.Thread):
         return self.failure
 
     def stop(self) -> None:
-        global _watch
         self._done.set()
         self.join()
-        _watch = None
 
 
 _watch: _Watch | None = None
@@ -195,7 +193,8 @@ def _read_all(folder: str) -> dict[str, str]:
 
 
 def _end_now(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if message:  # which has not been said
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     with contextlib.suppress(Exception):
         _client().key_value_set(f"{_SPACE}/left/{index()}", "", allow_overwrite=True)
@@ -220,15 +219,16 @@ def together() -> Iterator[None]:
         yield
         gather("end", lambda: None)
     except Agreed:
+        watch.stop()
         raise
     except BaseException as error:
         try:
             publish(error)
         finally:
             _leave()
+            watch.leaving = True
         raise
-    finally:
-        watch.stop()
+    watch.stop()
 
 
 def publish(error: BaseException) -> None:

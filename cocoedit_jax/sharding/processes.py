@@ -22,7 +22,7 @@ from cocoedit_jax.errors import UserError
 BEAT_S = 2.0  # seconds between signs of life
 LOST_S = 90.0  # without one for so long, a process counts as lost; JAX ends all after 100 s
 SUSPECT_S = 15.0  # the same after an exchange between devices has failed, as it does when the other side is gone
-GRACE_S = 15.0  # from another process's failure to the end of this one, whatever it is doing
+GRACE_S = 15.0  # from another process's failure to the end of this one, whatever it is doing; twice for process 0
 _SPACE = "cocoedit_jax"
 _SLICE_MS = 1000  # of waiting, between looks at whether others have failed
 
@@ -145,7 +145,7 @@ class _Watch(threading.Thread):
         _client().key_value_set(f"{_SPACE}/alive/{index()}", str(self._count), allow_overwrite=True)
 
     def run(self) -> None:
-        failed_at = 0.0
+        failed_at, grace = 0.0, GRACE_S * (2 if is_first() else 1)  # the others are cut off when process 0 ends
         while not self._done.wait(BEAT_S):
             try:
                 self._beat()
@@ -154,7 +154,7 @@ class _Watch(threading.Thread):
                 self.failure = self.failure or f"process 0, which all others depend on, cannot be reached ({error})"
             if self.failure or self.leaving:
                 failed_at = failed_at or time.monotonic()
-                if time.monotonic() - failed_at > GRACE_S:
+                if time.monotonic() - failed_at > grace:
                     _end_now("" if self.leaving else self.failure)
 
     def _find_failure(self) -> str:

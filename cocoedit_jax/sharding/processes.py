@@ -20,9 +20,9 @@ from jax._src import distributed  # its client is the only way to the store
 from cocoedit_jax.errors import UserError
 
 BEAT_S = 2.0  # seconds between signs of life
-LOST_S = 60.0  # without one for so long, a process counts as lost
+LOST_S = 90.0  # without one for so long, a process counts as lost; JAX ends all after 100 s
 SUSPECT_S = 15.0  # the same after an exchange between devices has failed, as it does when the other side is gone
-GRACE_S = 15.0  # from another process's failure to the end of this one, whatever it is doing
+GRACE_S = 15.0  # from another process's failure to the end of this one, whatever it is doing; twice for process 0
 _SPACE = "cocoedit_jax"
 _SLICE_MS = 1000  # of waiting, between looks at whether others have failed
 
@@ -64,12 +64,13 @@ def _client() -> Any:
 _number = 0  # of exchanges begun; equal in all processes that are at the same place
 
 
-def gather(name: str, work: Callable[[], Any]) -> list[Any]:
+def gather(name: str, work: Callable[[], Any], *, blame: bool = True) -> list[Any]:
     """What ``work`` returns in every process, in their order, everywhere. All must call it, in the same order.
 
     Args:
         name: of the place in the program; a process at another one is an error.
         work: returns what JSON can hold; NaN and infinite numbers may be among it.
+        blame: whether an error's message names the process; where all say the same, it never does.
 
     Raises:
         Agreed: in all processes, when ``work`` raised a UserError in any of them.
@@ -96,15 +97,11 @@ def gather(name: str, work: Callable[[], Any]) -> list[Any]:
         raise RuntimeError(f"processes are not in step: {[reply['name'] for reply in replies]}")
     errors = {process: reply["error"] for process, reply in enumerate(replies) if "error" in reply}
     if errors:
-        raise Agreed(_told(errors))
+        texts = list(errors.values())
+        same = len(texts) == count() and len(set(texts)) == 1
+        named = [f"process {process}: {text}" if blame else text for process, text in errors.items()]
+        raise Agreed(texts[0] if same else "\n".join(named))
     return [reply["value"] for reply in replies]
-
-
-def _told(errors: dict[int, str]) -> str:
-    """One message for all; what every process says is said once."""
-    if len(errors) == count() and len(set(errors.values())) == 1:
-        return next(iter(errors.values()))
-    return "\n".join(f"process {process}: {text}" for process, text in errors.items())
 
 
 def _wait(key: str) -> str:
@@ -121,7 +118,7 @@ def _wait(key: str) -> str:
 
 def from_first(name: str, work: Callable[[], Any]) -> Any:
     """What ``work`` returns in process 0, where alone it is called; otherwise as ``gather``."""
-    return gather(name, lambda: work() if is_first() else None)[0]
+    return gather(name, lambda: work() if is_first() else None, blame=False)[0]
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -131,29 +128,34 @@ class _Watch(threading.Thread):
     """Shows the others that this process lives, and learns when one of them fails or is gone.
 
     If that does not end this process in ``GRACE_S`` seconds, because it waits for an exchange that will never be, it
-    is ended here.
+    is ended here; so it is when it has failed itself and does not come to its end.
     """
 
     def __init__(self) -> None:
         super().__init__(name="processes", daemon=True)
         self.failure = ""
-        self.suspicious = False
+        self.suspicious = self.leaving = False
         self._done = threading.Event()
+        self._count = 0
         self._beats: dict[str, tuple[str, float]] = {}  # process -> last sign of life, and when it was first seen
+        self._beat()  # so that it is missed, even if it ends at once
+
+    def _beat(self) -> None:
+        self._count += 1
+        _client().key_value_set(f"{_SPACE}/alive/{index()}", str(self._count), allow_overwrite=True)
 
     def run(self) -> None:
-        beat, failed_at = 0, 0.0
+        failed_at, grace = 0.0, GRACE_S * (2 if is_first() else 1)  # the others are cut off when process 0 ends
         while not self._done.wait(BEAT_S):
-            beat += 1
             try:
-                _client().key_value_set(f"{_SPACE}/alive/{index()}", str(beat), allow_overwrite=True)
+                self._beat()
                 self.failure = self.failure or self._find_failure()
             except jax.errors.JaxRuntimeError as error:
                 self.failure = self.failure or f"process 0, which all others depend on, cannot be reached ({error})"
-            if self.failure:
+            if self.failure or self.leaving:
                 failed_at = failed_at or time.monotonic()
-                if time.monotonic() - failed_at > GRACE_S:
-                    _end_now(self.failure)
+                if time.monotonic() - failed_at > grace:
+                    _end_now("" if self.leaving else self.failure)
 
     def _find_failure(self) -> str:
         told = _read_all(f"{_SPACE}/failed")
@@ -178,10 +180,8 @@ class _Watch(threading.Thread):
         return self.failure
 
     def stop(self) -> None:
-        global _watch
         self._done.set()
         self.join()
-        _watch = None
 
 
 _watch: _Watch | None = None
@@ -193,7 +193,8 @@ def _read_all(folder: str) -> dict[str, str]:
 
 
 def _end_now(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    if message:  # which has not been said
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     with contextlib.suppress(Exception):
         _client().key_value_set(f"{_SPACE}/left/{index()}", "", allow_overwrite=True)
@@ -218,15 +219,16 @@ def together() -> Iterator[None]:
         yield
         gather("end", lambda: None)
     except Agreed:
+        watch.stop()
         raise
     except BaseException as error:
         try:
             publish(error)
         finally:
             _leave()
+            watch.leaving = True
         raise
-    finally:
-        watch.stop()
+    watch.stop()
 
 
 def publish(error: BaseException) -> None:

@@ -23,29 +23,37 @@ class Shares:
 
     Attributes:
         mesh: of sampling.
-        batches: samples of each batch in the order of its rows ``[batches, B]``: a slice of every share's.
-        judged: the rows of a batch whose pictures this process has and judges.
+        count: samples, N.
+        batches: samples of each batch in the order of its rows ``[batches, B]``: a slice of every share's. Those from N
+            on fill up the last ones.
+        rows: the rows of a batch whose pictures this process has, and judges where they are samples.
         groups: numbers of the groups whose record this process loads, for its devices to encode and to judge.
         encoded: group of every row when records are encoded, the same number of rows on each device.
         position: for every group a row of ``encoded`` that holds it ``[G]``; 0 for groups without samples.
     """
 
     mesh: Mesh
+    count: int
     batches: np.ndarray
-    judged: np.ndarray
+    rows: np.ndarray
     groups: np.ndarray
     encoded: np.ndarray
     position: np.ndarray
 
+    def judged(self, batch: int) -> np.ndarray:
+        """The rows of a batch that this process judges."""
+        return self.rows[self.batches[batch, self.rows] < self.count]
+
     @property
     def own(self) -> np.ndarray:
-        """The samples that this process judges, ascending."""
-        return np.sort(self.batches[:, self.judged].reshape(-1))
+        """The samples that this process judges, batch by batch."""
+        found = self.batches[:, self.rows].reshape(-1)
+        return found[found < self.count]
 
     @property
     def order(self) -> np.ndarray:
         """Where each sample is in the concatenated batches ``[N]``."""
-        return np.argsort(self.batches.reshape(-1))
+        return np.argsort(self.batches.reshape(-1))[: self.count]
 
     def place(self, tree: Any) -> Any:
         """Arrays ``[len(groups), ...]`` of the loaded records, as ``encoded`` spreads them over the devices of all
@@ -69,24 +77,26 @@ class Shares:
 def divide(group: np.ndarray, batch_size: int, mesh: Mesh, process: int | None = None) -> Shares:
     """Shares of the samples with group numbers ``group`` ``[N]``, sampled ``batch_size`` at once.
 
-    N is a multiple of ``batch_size``, and that one of the shares. ``process``: whose; default: this one.
+    ``batch_size`` is a multiple of the number of shares. ``process``: whose; default: this one.
     """
     process = processes.index() if process is None else process
     shares, size = sample_shards(mesh), mesh.size
-    batches = np.arange(len(group)).reshape(shares, -1, batch_size // shares).swapaxes(0, 1).reshape(-1, batch_size)
+    filled = -(-len(group) // batch_size) * batch_size
+    batches = np.arange(filled).reshape(shares, -1, batch_size // shares).swapaxes(0, 1).reshape(-1, batch_size)
     home = np.asarray([device.process_index for device in mesh.devices.flat])
 
     # Pictures are split over all devices where they divide, else over the shares: make_sampler.
     parts = size if batch_size % size == 0 else shares
     device_of_row = np.arange(batch_size) // (batch_size // parts) * (size // parts)
     judged = np.flatnonzero(home[device_of_row] == process)
+    own = batches[:, judged][batches[:, judged] < len(group)]
 
     names, first = np.unique(group, return_index=True)
-    share_of = first // (len(group) // shares)
+    share_of = first // (filled // shares)
     lists = [names[share_of == share].tolist() for share in range(shares)]
     devices = size // shares
     rows = max(1, *(-(-len(found) // devices) for found in lists))
-    start = np.arange(shares) * (len(group) // shares)
+    start = np.minimum(np.arange(shares) * (filled // shares), len(group) - 1)
     # A device with nothing left to do repeats what its share has anyway.
     filler = [found[-1] if found else int(group[begin]) for found, begin in zip(lists, start, strict=True)]
     encoded = np.asarray([
@@ -95,8 +105,8 @@ def divide(group: np.ndarray, batch_size: int, mesh: Mesh, process: int | None =
     position = np.zeros(int(group.max()) + 1, np.int64)
     for row in range(len(encoded) - 1, -1, -1):
         position[encoded[row]] = row
-    needed = np.union1d(encoded[np.repeat(home, rows) == process], group[batches[:, judged]])
-    return Shares(mesh, batches, judged, needed.astype(np.int64), encoded, position)
+    needed = np.union1d(encoded[np.repeat(home, rows) == process], group[own])
+    return Shares(mesh, len(group), batches, judged, needed.astype(np.int64), encoded, position)
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
@@ -122,13 +132,19 @@ def fetch(x: Array) -> np.ndarray:
 
 
 def local_rows(x: Array, rows: Sequence[int] | np.ndarray) -> Any:
-    """The rows ``rows`` of ``x``, which devices of this process hold: ``x`` itself where they are all of it."""
-    if x.is_fully_addressable and len(rows) == len(x):
+    """The rows ``rows`` of ``x``, which devices of this process hold.
+
+    Where they are the whole of some shards, they stay on these devices and nothing is waited for.
+    """
+    if x.is_fully_addressable and np.array_equal(rows, np.arange(len(x))):
         return x
-    held: dict[int, np.ndarray] = {}
-    for shard in x.addressable_shards:
-        start = shard.index[0].start or 0
-        if start not in held:
-            held[start] = np.asarray(shard.data)
-    found = {start + i: part[i] for start, part in held.items() for i in range(len(part))}
+    shards = {shard.index[0].start or 0: shard for shard in reversed(x.addressable_shards)}
+    held = {start: range(start, start + len(shards[start].data)) for start in sorted(shards)}
+    used = [start for start, own in held.items() if set(own) <= {int(row) for row in rows}]
+    if used and np.array_equal(rows, np.concatenate([held[start] for start in used])):
+        here = Mesh(np.asarray([shards[start].device for start in used]), ("rows",))
+        sharding = NamedSharding(here, PartitionSpec("rows"))
+        parts = [shards[start].data for start in used]
+        return jax.make_array_from_single_device_arrays((len(rows), *x.shape[1:]), sharding, parts)
+    found = {start + i: row for start in held for i, row in enumerate(np.asarray(shards[start].data))}
     return np.stack([found[int(row)] for row in rows]) if len(rows) else np.zeros((0, *x.shape[1:]), x.dtype)

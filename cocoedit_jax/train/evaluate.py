@@ -117,7 +117,7 @@ class Evaluator:
         conditioning = self._encode(params, shares, loaded["image"], text)
         keys = sample_keys(jax.random.key(_NOISE_SEED), np.asarray(indices))
         _, images = self._sampler(bucket)(params, adapter, conditioning, keys)
-        own = shares.judged
+        own = shares.judged(0)
         edited = np.asarray(local_rows(images, own))
         rows = np.searchsorted(shares.groups, own)
         batch = {k: v[rows] if isinstance(v, np.ndarray) else [v[r] for r in rows] for k, v in loaded.items()}

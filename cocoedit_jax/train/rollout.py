@@ -181,18 +181,19 @@ def collect(
     """
     keys = sample_keys(key, plan.sample)
     latents, edited, pending = [], [], []
-    for rows in shares.batches:
-        x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(plan.group[rows])), keys[rows])
-        images, group = local_rows(images, shares.judged), plan.group[rows[shares.judged]]
+    for batch_number, samples in enumerate(np.minimum(shares.batches, len(plan) - 1)):
+        x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(plan.group[samples])), keys[samples])
+        judged = shares.judged(batch_number)
+        images, group = local_rows(images, judged), plan.group[samples[judged]]
         if len(group):
             records = [{name: batch[name][g] for name in ("prompt", "id", "extra")} for g in group]
             sources = np.stack([batch["image"][g] for g in group])
             pending.append(queue.submit(EditBatch(images, sources, 1 - batch["edit_mask"][group], records)))
         latents.append(x0)
         edited.append(images)
-        progress(len(rows))
+        progress(len(samples))
     x0 = np.concatenate([fetch(x) for x in latents])[shares.order]
-    own = shares.batches[:, shares.judged].reshape(-1)
+    own = shares.own
     images = np.concatenate([np.asarray(x) for x in edited])[np.argsort(own)]
     start_waiting = time.perf_counter()
 
@@ -206,12 +207,12 @@ def collect(
         }
 
     parts = processes.gather("rewards", results)
-    judged = [part for part in parts if part["samples"]]
-    order = np.argsort(np.concatenate([part["samples"] for part in judged]))
+    found = [part for part in parts if part["samples"]]
+    order = np.argsort(np.concatenate([part["samples"] for part in found]))
 
     def all_of(kind: str, dtype: Any) -> dict[str, np.ndarray]:
-        names = judged[0][kind]
-        return {name: np.concatenate([np.asarray(part[kind][name], dtype) for part in judged])[order] for name in names}
+        names = found[0][kind]
+        return {name: np.concatenate([np.asarray(part[kind][name], dtype) for part in found])[order] for name in names}
 
     return Rollout(
         x0=x0,

@@ -58,8 +58,8 @@ def run(processes: int, devices: int, options: dict[str, Any], seconds: float = 
 
 def main(address: str, count: int, index: int, options: dict[str, Any]) -> None:
     """Trains as ``options`` say: ``base``, ``data``, ``run``, ``config`` (dotted keys), ``resume``, ``cache`` of
-    compiled programs; ``hit``: ``[process, step, what]`` makes the judge of a process, when that step is checked,
-    "raise" an error or "kill" the process.
+    compiled programs; ``hit``: ``[process, step, what]`` makes the judge of a process "raise" an error when that
+    step is checked, or "kill" the process while it is sampled.
 
     What this process loaded and judged in training is written to RUN/process_INDEX.json.
     """
@@ -89,12 +89,12 @@ def main(address: str, count: int, index: int, options: dict[str, Any]) -> None:
     class Spy(SceneJudge):
         def check(self, step: int) -> None:
             seen["step"] = step
-            if options.get("hit", [None])[:2] == [index, step]:
-                if options["hit"][2] == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
+            if options.get("hit") == [index, step, "raise"]:
                 raise UserError("the judge is out of order")
 
         def __call__(self, requests: Any) -> Any:
+            if options.get("hit") == [index, seen["step"], "kill"]:
+                os.kill(os.getpid(), signal.SIGKILL)
             seen["judged"] += [[seen["step"], r.record_id, float(r.edited.mean())] for r in requests]
             return super().__call__(requests)
 

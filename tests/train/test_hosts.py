@@ -1,6 +1,7 @@
 """A run as several processes: the numbers of one, each with its own samples; killed, and resumed with others."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ SECONDS = 500  # most for one run; compiling on a busy machine
 @pytest.fixture(scope="module")
 def options(tiny_base, tiny_data, tmp_path_factory):
     """Of a run in a folder."""
-    cache = str(tmp_path_factory.mktemp("cache"))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("cache"))
 
     def of(folder: Path, config: dict | None = None, **more) -> dict:
         paths = {"base": str(tiny_base), "data": str(tiny_data), "run": str(folder), "cache": cache}

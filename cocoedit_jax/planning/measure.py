@@ -73,7 +73,7 @@ def _as_wanted(x: jax.Array, sharding: Any) -> bool:
     return sharding is None or x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-class Base:
+class HeldBase:
     """The frozen base as the last program had it placed."""
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Program:
             is_leaf=lambda x: hasattr(x, "shape"),
         )  # fmt: skip
 
-    def _arguments(self, base: Base) -> list[Any]:
+    def _arguments(self, base: HeldBase) -> list[Any]:
         where = 0 if self.phase == "rollout" else 1  # of the base among the arguments
         given = [base.placed(x) if i == where else fill_all(x, i + 1) for i, x in enumerate(self._shapes)]
         if self.phase == "rollout":
@@ -167,7 +167,7 @@ class Program:
         scalars = StepScalars(key=scalars.key, **{name: place(name, getattr(scalars, name)) for name in self._scalars})
         return [_zero_moments(state), params, _usable_batch(batch), scalars]
 
-    def __call__(self, base: Base) -> float:
+    def __call__(self, base: HeldBase) -> float:
         """Seconds of a whole step's work: those of the ``share`` that is run, divided by it."""
         arguments = jax.block_until_ready(self._arguments(base))
         start = time.perf_counter()
@@ -215,7 +215,7 @@ def measured_rows(
     flops = predict.model_flops(workload, editor)
     rows = [row_of(c, workload, devices[0].device_kind, len(devices), "measured") for c in candidates]
     runs: dict[tuple[int, str], tuple[Program, list[float]]] = {}
-    base = Base()
+    base = HeldBase()
 
     def update() -> None:
         for (index, phase), (_, seconds) in runs.items():
@@ -254,7 +254,7 @@ def measured_rows(
     return rows
 
 
-def _first_run(make: Callable[[], Program], base: Base) -> tuple[dict[str, Any], Program | None]:
+def _first_run(make: Callable[[], Program], base: HeldBase) -> tuple[dict[str, Any], Program | None]:
     """What became of a program, and the program if it runs."""
     try:
         made = make()

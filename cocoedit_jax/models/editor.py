@@ -91,8 +91,9 @@ class Editor:
     """The parts that editors share; a model's own class adds ``_apply``.
 
     Attributes:
-        transformer: the velocity network: a linen module with ``config`` (a ``TransformerShape``), ``dtype`` and
-            ``init_params(key)``.
+        transformer: the velocity network: a linen module with ``config`` (a ``TransformerShape``), ``dtype``,
+            ``attention_backend`` and ``init_params(key)``; with ``shares_tokens = True`` if it cuts its tokens by
+            ``parallel.share_tokens`` and joins them by ``whole_tokens``.
         autoencoder: pixels <-> latents.
         text: instruction -> states.
         patch: latent cells per token side.
@@ -164,6 +165,8 @@ class Editor:
 
     def token_axes(self, conditioning: Conditioning, grid: Grid, mesh: Any) -> tuple[str, ...]:
         """Axes of ``mesh`` that ``velocity`` may be manual in beside those of samples (``attention.token_axes``)."""
+        if not getattr(self.transformer, "shares_tokens", False):
+            return ()
         lengths = conditioning.text.states.shape[-2], grid.tokens + conditioning.source.shape[-2]
         return token_axes(mesh, self.transformer.attention_backend, lengths)
 

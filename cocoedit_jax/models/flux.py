@@ -145,6 +145,7 @@ class FluxTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention_backend: str = "auto"
+    shares_tokens = True
 
     @nn.compact
     def __call__(

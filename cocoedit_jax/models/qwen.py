@@ -137,6 +137,7 @@ class QwenTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention_backend: str = "auto"
+    shares_tokens = True
 
     @nn.compact
     def __call__(

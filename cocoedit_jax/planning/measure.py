@@ -37,7 +37,7 @@ def fill(shape: Any, seed: int = 0) -> jax.Array:
     if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
         keys = jax.random.split(jax.random.key(seed), shape.shape) if shape.shape else jax.random.key(seed)
         return jax.device_put(keys, shape.sharding)
-    if shape.dtype == jnp.int8:  # a quantised kernel
+    if shape.dtype in (jnp.int8, jnp.float8_e4m3fn):  # a quantised kernel
         return _hashed(shape)()
     if shape.dtype == jnp.bool_ or not jnp.issubdtype(shape.dtype, jnp.floating):
         return jax.device_put(np.full(shape.shape, shape.dtype == jnp.bool_, shape.dtype), shape.sharding)
@@ -48,18 +48,21 @@ def fill(shape: Any, seed: int = 0) -> jax.Array:
 
 
 def _hashed(shape: Any) -> Callable[[], jax.Array]:
-    """A program that makes an array of ``shape``, uniform by a hash of the place: in +-0.035, or +-100 in int8.
+    """A program that makes an array of ``shape``: uniform by a hash of the place (as MurmurHash3, Appleby 2011), in
+    +-0.035, or of 8-bit numbers in +-100.
 
     Elements are made where they stay: random bits of gigabytes would need more memory than what is to be measured.
     """
+    width = 200.0 if shape.dtype.itemsize == 1 else 0.07
 
     def make() -> jax.Array:
         h = jnp.zeros(shape.shape, jnp.uint32)
         for axis in range(len(shape.shape)):
-            h = (h ^ jax.lax.broadcasted_iota(jnp.uint32, shape.shape, axis)) * jnp.uint32(0x9E3779B1)
-            h = h ^ (h >> jnp.uint32(15))
+            h = (h ^ jax.lax.broadcasted_iota(jnp.uint32, shape.shape, axis)) * jnp.uint32(0x85EBCA6B)
+            h = (h ^ (h >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+            h = h ^ (h >> jnp.uint32(16))
         unit = (h >> jnp.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
-        return ((unit - np.float32(0.5)) * np.float32(200 if shape.dtype == jnp.int8 else 0.07)).astype(shape.dtype)
+        return ((unit - np.float32(0.5)) * np.float32(width)).astype(shape.dtype)
 
     return jax.jit(make, out_shardings=shape.sharding)
 
@@ -75,7 +78,7 @@ def _as_wanted(x: jax.Array, sharding: Any) -> bool:
     return sharding is None or x.sharding.is_equivalent_to(sharding, x.ndim)
 
 
-class Base:
+class HeldBase:
     """The frozen base as the last program had it placed."""
 
     def __init__(self) -> None:
@@ -159,7 +162,7 @@ class Program:
             is_leaf=lambda x: hasattr(x, "shape"),
         )  # fmt: skip
 
-    def _arguments(self, base: Base) -> list[Any]:
+    def _arguments(self, base: HeldBase) -> list[Any]:
         where = 0 if self.phase == "rollout" else 1  # of the base among the arguments
         given = [base.placed(x) if i == where else fill_all(x, i + 1) for i, x in enumerate(self._shapes)]
         if self.phase == "rollout":
@@ -169,7 +172,7 @@ class Program:
         scalars = StepScalars(key=scalars.key, **{name: place(name, getattr(scalars, name)) for name in self._scalars})
         return [_zero_moments(state), params, _usable_batch(batch), scalars]
 
-    def __call__(self, base: Base) -> float:
+    def __call__(self, base: HeldBase) -> float:
         """Seconds of a whole step's work: those of the ``share`` that is run, divided by it."""
         arguments = jax.block_until_ready(self._arguments(base))
         start = time.perf_counter()
@@ -217,7 +220,7 @@ def measured_rows(
     flops = predict.model_flops(workload, editor)
     rows = [row_of(c, workload, devices[0].device_kind, len(devices), "measured") for c in candidates]
     runs: dict[tuple[int, str], tuple[Program, list[float]]] = {}
-    base = Base()
+    base = HeldBase()
 
     def update() -> None:
         for (index, phase), (_, seconds) in runs.items():
@@ -256,7 +259,7 @@ def measured_rows(
     return rows
 
 
-def _first_run(make: Callable[[], Program], base: Base) -> tuple[dict[str, Any], Program | None]:
+def _first_run(make: Callable[[], Program], base: HeldBase) -> tuple[dict[str, Any], Program | None]:
     """What became of a program, and the program if it runs."""
     try:
         made = make()

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cocoedit_jax.planning import measure, rows, tables
-from cocoedit_jax.planning.measure import Base, Program, fill, measured_rows
+from cocoedit_jax.planning.measure import HeldBase, Program, fill, measured_rows
 from cocoedit_jax.planning.workload import Workload, choose_candidates
 from cocoedit_jax.sharding.mesh import make_mesh, replicated
 from tests.planning.test_rows import GPU_MESSAGE
@@ -88,7 +88,7 @@ def test_the_base_stays_where_it_is_wanted():
     mesh = make_mesh({"fsdp": 8})
     split = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))
     struct = lambda shape, sharding: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)  # noqa: E731
-    base = Base()
+    base = HeldBase()
     first = base.placed({"a": struct((8, 4), split), "b": struct((3,), replicated(mesh))})
     assert base.placed({"a": struct((8, 4), split), "b": struct((3,), None)}) == first  # unused: wherever it is
     second = base.placed({"a": struct((8, 4), replicated(mesh)), "b": struct((3,), replicated(mesh))})

@@ -118,6 +118,7 @@ def test_bases_of_the_phases(config):
         stored = [quantize.is_kernel(kernel_of(base.params)) for base in (two.rollout_base, two.base)]
         assert stored == [bool(name) for name in phases]
         assert (two.rollout_editor.quantize, two.editor.quantize) == phases
+        assert two.base.params.keys() == two.rollout_base.params.keys() == setup.params.keys()
         one = (two.rollout_base if phases[0] else two.base).params
         for ours, expected in zip(jax.tree.leaves(one), jax.tree.leaves(setup.params), strict=True):
             np.testing.assert_array_equal(ours, expected)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from cocoedit_jax.models import weights
 from cocoedit_jax.models.quantize import is_kernel, quantize_placed, with_format
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 
@@ -52,13 +51,12 @@ class Base:
         """A second base, with the kernels of this one, of full precision, quantised as in ``abstract``, one stack after
         another. Both stay on the devices, and share only what no mesh splits (``abstract`` has no axis names for it).
         """
-        wanted, boxes = (weights.flatten(tree) for tree in (sharded_shapes(abstract, self.mesh), abstract))
 
-        def leaf(path: tuple[str, ...], x: jax.Array) -> Any:
-            if is_kernel(wanted[path]):
-                return jax.block_until_ready(quantize_placed(x, wanted[path]))
+        def leaf(target: Any, box: Any, x: jax.Array) -> Any:
+            if is_kernel(target):
+                return jax.block_until_ready(quantize_placed(x, target))
             # A move of one base gives up its arrays.
-            return jnp.copy(x) if isinstance(boxes[path], nn.LogicallyPartitioned) else x
+            return jnp.copy(x) if isinstance(box, nn.LogicallyPartitioned) else x
 
-        flat = {path: leaf(path, x) for path, x in weights.flatten(self.params).items()}
-        return Base(weights.unflatten(flat), abstract, self.mesh)
+        wanted = sharded_shapes(abstract, self.mesh)
+        return Base(jax.tree.map(leaf, wanted, abstract, self.params, is_leaf=is_kernel), abstract, self.mesh)

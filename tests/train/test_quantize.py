@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -49,10 +50,10 @@ def test_layouts_compute_what_one_device_does(model, layout, name):
     assert relative(moment(ours), moment(reference)) < 1e-3
     (x0, _), (expected, _) = rollout(model, layout, quantize=name).results, rollout(model, "one", quantize=name).results
     assert relative(x0, expected) < 1e-3
-    text, kind = ours.program.as_text() or "", "s8" if name == "int8" else "f8e4m3fn"
-    fetched = [line for line in text.splitlines() if "all-gather(" in line or "all-gather-start(" in line]
-    assert any(f"= {kind}[" in line or f"{kind}[" in line.partition("all-gather")[0] for line in fetched)
-    kernels = [x for x in jax.tree.leaves(ours.inputs[1]["transformer"], is_leaf=quantize.is_kernel)]
+    if name == "int8":  # fp8 is widened by the compiler for CPUs
+        lines = (ours.program.as_text() or "").splitlines()
+        assert any(re.search(r"= \(?.*s8\[[\d,]+\].* all-gather(-start)?\(", line) for line in lines)
+    kernels = jax.tree.leaves(ours.inputs[1]["transformer"], is_leaf=quantize.is_kernel)
     assert sum(quantize.is_kernel(x) for x in kernels) == (17 if model == "flux" else 12)
 
 
@@ -117,6 +118,7 @@ def test_bases_of_the_phases(config):
         stored = [quantize.is_kernel(kernel_of(base.params)) for base in (two.rollout_base, two.base)]
         assert stored == [bool(name) for name in phases]
         assert (two.rollout_editor.quantize, two.editor.quantize) == phases
+        assert two.base.params.keys() == two.rollout_base.params.keys() == setup.params.keys()
         one = (two.rollout_base if phases[0] else two.base).params
         for ours, expected in zip(jax.tree.leaves(one), jax.tree.leaves(setup.params), strict=True):
             np.testing.assert_array_equal(ours, expected)
@@ -142,7 +144,7 @@ def test_whole_runs(config, tmp_path, phases):
 
 @pytest.mark.parametrize("kind", ["flux", "qwen"])
 def test_arguments_of_planned_programs_shrink(kind):
-    """The kernels of the blocks take a quarter of float32, whatever the mesh; the rest is as it was."""
+    """The kernels of the blocks take half of bfloat16, a share on each device; the rest is as it was."""
     config = (flux_kontext if kind == "flux" else qwen_image_edit).get_config()
     workload = Workload.of(config)
     topology = parse_topology("h100:8")
@@ -154,10 +156,10 @@ def test_arguments_of_planned_programs_shrink(kind):
             p: by_formula(workload, candidate, topology, p)["memory"]["arguments"] for p in ("rollout", "train")
         }
         assert phase_key(workload, candidate, "v5e:4x4", "train")["candidate"].get("quantize", "") == name
-    blocks = {"flux": 7.6e9, "qwen": 13.6e9}[kind]  # parameters of their large layers
+    # Large layers of width 3072: 12 d^2 of each of two streams, or of one.
+    blocks = {"flux": 24 * 19 + 12 * 38, "qwen": 24 * 60}[kind] * 3072**2
     for phase in ("rollout", "train"):
-        saved = found[""][phase] - found["int8"][phase]
-        assert saved == pytest.approx(3 * blocks / 8, rel=0.05)
+        assert found[""][phase] - found["int8"][phase] == pytest.approx(blocks / 8, rel=0.01)
         assert found["int8"][phase] == found["fp8"][phase] == found["int8_weights"][phase]
 
 
@@ -176,8 +178,7 @@ def test_lowered_programs_take_8_bit_arguments():
         values = sum(x.values.value.size for x in kernels)
         scales = sum(x.scale.value.size for x in kernels)
         assert size(plain) - size(lowered) == 3 * values - 4 * scales > 0
-        text = lowered.as_text()
-        assert "xi8>) -> tensor<" in text.replace(", ", "").replace("  ", "") or "xi8>" in text
+        assert re.search(r"dot_general .*xi8>, tensor<\d+x\d+xi8>\) -> tensor<[\dx]+xi32>", lowered.as_text())
 
 
 def test_planner_compares_formats_and_counts_a_second_base():
@@ -192,8 +193,8 @@ def test_planner_compares_formats_and_counts_a_second_base():
     plain, small, both = rows.planned_rows(workload, [*candidates, mixed], topology, None)  # pyright: ignore
     need = lambda row, phase: row["phases"][phase]["need"]  # noqa: E731
     assert need(small, "train") < need(plain, "train") < need(both, "train")
-    base = need(plain, "rollout") - need(small, "rollout")  # what the smaller one saves
-    assert need(both, "train") - need(plain, "train") == pytest.approx(2 * 11.9e9 * 2 - base, rel=0.5)
+    base = need(plain, "rollout") - need(small, "rollout")  # what the smaller one saves of 11.9 G parameters
+    assert need(both, "train") - need(plain, "train") == pytest.approx(2 * 11.9e9 - base, rel=0.02)
     command = rows.training_command(small, workload, "configs/flux_kontext.py")
     assert "--config.model.quantize=int8" in command
     assert "quantize" not in rows.training_command(plain, workload, "configs/flux_kontext.py")

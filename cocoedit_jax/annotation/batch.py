@@ -173,7 +173,8 @@ def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[
         store.write(number, [by_id.get(annotation.item.id, annotation) for annotation in annotations])
         total.add(tally)
         if refused and bury:
-            total.unanswered -= give_up(store, number, stage, ("refused_request",))
+            buried = give_up(store, number, stage, ("refused_request",))
+            total.done, total.unanswered = total.done + buried, total.unanswered - buried
     return total
 
 

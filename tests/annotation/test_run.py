@@ -16,11 +16,13 @@ from PIL import Image
 from cocoedit_jax.annotation import engine, run
 from cocoedit_jax.annotation.fake import FakeModel
 from cocoedit_jax.annotation.record import read_annotations
+from cocoedit_jax.annotation.settings import check
 from cocoedit_jax.annotation.store import Store, file_stem, parse_range
 from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.records import read_records, source_key
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.rewards.chat import ChatReply, Failure
+from configs.annotate import get_config
 from tests.annotation.helpers import contents, finish, lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,10 +104,13 @@ def test_repeats_leave_the_best(settings, photos, tmp_path):
     assert len(set(groups)) == 2 and groups.count(None) == 1
     sources = [source_key(record) for record in read_records(tmp_path / "out", Framing(64)).records]
     assert len(set(sources)) == 2, "what looks the same stays on one side of training's split"
-    # How near is near is a setting: nothing is, but for equal files.
-    for change in ({"near_bits": 0}, {"near_colour": 0.0}):
-        strict = replace(low, filter=replace(low.filter, **change))
-        assert finish(strict, tmp_path / "out", refilter=True).kept == 4
+    # How near is near is a setting.
+    strict = replace(low, filter=replace(low.filter, near_colour=0.0))
+    assert finish(strict, tmp_path / "out", refilter=True).kept == 4
+    with pytest.raises(UserError, match="near_bits=17; expected a whole number from 0 to 16"):
+        wide = get_config()
+        wide.filter.near_bits = 17
+        check(wide.to_dict())
     # Equal files only: these are not.
     exact = replace(low, filter=replace(low.filter, duplicates="exact"))
     assert finish(exact, tmp_path / "out", refilter=True).kept == 4

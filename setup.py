@@ -61,6 +61,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
+            "openai>=2.0,<4",  # its types check replies
             SKIMAGE,
             PARQUET,
             RAY,

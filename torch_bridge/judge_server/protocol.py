@@ -275,10 +275,10 @@ def write_reply(
     }
 
 
-def list_models(model: str, created: int, max_tokens: int) -> dict[str, Any]:
-    """The body of /v1/models."""
+def list_models(model: str, root: str, created: int, max_tokens: int) -> dict[str, Any]:
+    """The body of /v1/models; `root` and `max_model_len` as vLLM has them."""
     entry = {"id": model, "object": "model", "created": created, "owned_by": "cocoedit-jax"}
-    return {"object": "list", "data": [entry | {"max_model_len": max_tokens}]}
+    return {"object": "list", "data": [entry | {"root": root or model, "max_model_len": max_tokens}]}
 
 
 def with_limits(**changes: int | None) -> Limits:

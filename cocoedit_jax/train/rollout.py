@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.data.groups import SamplePlan
-from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.models import parallel
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid
@@ -36,6 +35,22 @@ class Rollout:
     rewards: dict[str, np.ndarray]  # name -> [N], NaN where unknown
     reward_valid: dict[str, np.ndarray]  # name -> [N]
     seconds_waiting: float = 0.0  # for rewards, after the last sample was drawn
+
+    def with_rows(self, rows: np.ndarray, other: "Rollout") -> "Rollout":
+        """A copy whose samples ``rows`` are those of ``other``; it has waited for both."""
+
+        def put(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            out = mine.copy()
+            out[rows] = theirs
+            return out
+
+        return Rollout(
+            put(self.x0, other.x0),
+            put(self.images, other.images),
+            {name: put(value, other.rewards[name]) for name, value in self.rewards.items()},
+            {name: put(value, other.reward_valid[name]) for name, value in self.reward_valid.items()},
+            self.seconds_waiting + other.seconds_waiting,
+        )
 
 
 def make_encoder(editor: Editor, mesh: Mesh) -> Encoder:
@@ -151,25 +166,29 @@ def collect(
 ) -> Rollout:
     """Samples every row of ``plan`` in batches of ``batch_size``; judging overlaps with sampling.
 
+    A short last batch repeats its last row, so that every batch has one shape; the copies are not scored.
+
     Args:
         conditioning: of the distinct records of the step, in the order of ``plan.group``; encoded once each.
         batch: those records as loaded (``image`` ``[G, H, W, 3]``, ``edit_mask``, ``prompt``, ``id``, ``extra``).
         adapter: the old policy with its scale folded in.
         progress: called with the number of samples after each batch.
     """
-    if len(plan) % batch_size:
-        raise UserError(f"rollout.batch_size={batch_size} does not divide the {len(plan)} samples of a step")
-    keys = sample_keys(key, plan.sample)
     latents, edited, pending = [], [], []
     for start in range(0, len(plan), batch_size):
-        rows = slice(start, start + batch_size)
-        group = plan.group[rows]
-        x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(group)), keys[rows])
+        filled = plan.take(np.minimum(np.arange(start, start + batch_size), len(plan) - 1))
+        keys = sample_keys(key, filled.sample)
+        x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(filled.group)), keys)
+        group = plan.group[start : start + batch_size]
+        whole = None
+        if len(group) < batch_size:  # cut on the host, where another number of rows is no other program
+            whole, x0, images = images, np.asarray(x0)[: len(group)], np.asarray(images)[: len(group)]
         records = [{name: batch[name][g] for name in ("prompt", "id", "extra")} for g in group]
-        pending.append(queue.submit(EditBatch(images, batch["image"][group], 1 - batch["edit_mask"][group], records)))
+        edits = EditBatch(images, batch["image"][group], 1 - batch["edit_mask"][group], records, whole)
+        pending.append(queue.submit(edits))
         latents.append(x0)
         edited.append(images)
-        progress(batch_size)
+        progress(len(group))
     x0, images = (np.concatenate([np.asarray(x) for x in parts]) for parts in (latents, edited))
     start_waiting = time.perf_counter()
     scores = {name: [futures[name].result() for futures in pending] for name in pending[0]}

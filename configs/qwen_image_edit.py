@@ -56,6 +56,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.rollout.batch_size = 24  # edits sampled at once, over all devices
     config.rollout.steps = 10  # sampler steps
     config.rollout.solver = "dpm2"  # dpm2, euler, ddim, dpm1
+    config.rollout.refill = 0  # rounds in which groups that teach nothing are replaced by further records
     config.rollout.layout = ""  # of sampling alone, such as "fsdp_tensor:tensor=4"; empty: config.mesh
     config.rollout.quantize = ""  # of sampling alone, with a base of its own in memory; empty: config.model
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -196,9 +196,11 @@ class Telemetry:
 
 
 class PhaseTimer:
-    """Seconds spent in named phases. A phase inside another one counts only for itself, so the sum is real time."""
+    """Seconds spent in named phases. A phase inside another one counts only for itself, so the sum is real time
+    (or whatever ``clock`` reads)."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
@@ -214,7 +216,7 @@ class PhaseTimer:
             self._open.pop()
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         if self._open:
             phase = self._open[-1]
             self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since

@@ -74,14 +74,20 @@ class Shares:
         return fetch(self.place(x))[self.position]
 
 
-def divide(group: np.ndarray, batch_size: int, mesh: Mesh, process: int | None = None) -> Shares:
+def divide(
+    group: np.ndarray, batch_size: int, mesh: Mesh, process: int | None = None, rows: np.ndarray | None = None
+) -> Shares:
     """Shares of the samples with group numbers ``group`` ``[N]``, sampled ``batch_size`` at once.
 
-    ``batch_size`` is a multiple of the number of shares. ``process``: whose; default: this one.
+    Args:
+        batch_size: a multiple of the number of shares.
+        process: whose; default: this one.
+        rows: sample these alone; numbers of samples then count them. Records are encoded as for all.
     """
     process = processes.index() if process is None else process
     shares, size = sample_shards(mesh), mesh.size
-    filled = -(-len(group) // batch_size) * batch_size
+    drawn = group if rows is None else group[rows]
+    filled = -(-len(drawn) // batch_size) * batch_size
     batches = np.arange(filled).reshape(shares, -1, batch_size // shares).swapaxes(0, 1).reshape(-1, batch_size)
     home = np.asarray([device.process_index for device in mesh.devices.flat])
 
@@ -89,24 +95,25 @@ def divide(group: np.ndarray, batch_size: int, mesh: Mesh, process: int | None =
     parts = size if batch_size % size == 0 else shares
     device_of_row = np.arange(batch_size) // (batch_size // parts) * (size // parts)
     judged = np.flatnonzero(home[device_of_row] == process)
-    own = batches[:, judged][batches[:, judged] < len(group)]
+    own = batches[:, judged][batches[:, judged] < len(drawn)]
 
     names, first = np.unique(group, return_index=True)
-    share_of = first // (filled // shares)
-    lists = [names[share_of == share].tolist() for share in range(shares)]
+    per_share = -(-len(group) // batch_size) * batch_size // shares
+    lists = [names[first // per_share == share].tolist() for share in range(shares)]
     devices = size // shares
-    rows = max(1, *(-(-len(found) // devices) for found in lists))
-    start = np.minimum(np.arange(shares) * (filled // shares), len(group) - 1)
+    per_device = max(1, *(-(-len(found) // devices) for found in lists))
+    start = np.minimum(np.arange(shares) * per_share, len(group) - 1)
     # A device with nothing left to do repeats what its share has anyway.
     filler = [found[-1] if found else int(group[begin]) for found, begin in zip(lists, start, strict=True)]
     encoded = np.asarray([
-        (found + [last] * (devices * rows))[: devices * rows] for found, last in zip(lists, filler, strict=True)
+        (found + [last] * (devices * per_device))[: devices * per_device]
+        for found, last in zip(lists, filler, strict=True)
     ]).reshape(-1)  # fmt: skip
     position = np.zeros(int(group.max()) + 1, np.int64)
     for row in range(len(encoded) - 1, -1, -1):
         position[encoded[row]] = row
-    needed = np.union1d(encoded[np.repeat(home, rows) == process], group[own])
-    return Shares(mesh, len(group), batches, judged, needed.astype(np.int64), encoded, position)
+    needed = np.union1d(encoded[np.repeat(home, per_device) == process], drawn[own])
+    return Shares(mesh, len(drawn), batches, judged, needed.astype(np.int64), encoded, position)
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -18,9 +18,9 @@ from cocoedit_jax.sharding.mesh import CONTEXT, sample_shards
 # key -> smallest whole number
 WHOLE = {
     "seed": 0, "data.resolution": 1, "data.generate": 0, "rollout.groups": 1, "rollout.group_size": 2,
-    "rollout.batch_size": 1, "rollout.steps": 1, "train.steps": 1, "train.micro_batch": 1, "lora.rank": 1,
-    "evaluation.scenes": 1, "evaluation.batch_size": 1, "evaluation.every": 1, "evaluation.every_scenes": 1,
-    "evaluation.steps": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
+    "rollout.batch_size": 1, "rollout.steps": 1, "rollout.refill": 0, "train.steps": 1, "train.micro_batch": 1,
+    "lora.rank": 1, "evaluation.scenes": 1, "evaluation.batch_size": 1, "evaluation.every": 1,
+    "evaluation.every_scenes": 1, "evaluation.steps": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
 }  # fmt: skip
 # key -> bounds of a number, and whether it may reach the lower one
 NUMBERS = {

@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples
+from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples, refill_groups
 from cocoedit_jax.data.records import fingerprint
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
-from cocoedit_jax.models.editor import Conditioning, Editor, Grid
+from cocoedit_jax.models.editor import Editor, Grid
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.report import write_report
@@ -30,8 +31,9 @@ from cocoedit_jax.sharding.shares import Shares, divide, place
 from cocoedit_jax.train.checkpoint import Checkpoints
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after
 from cocoedit_jax.train.loading import load_shares
-from cocoedit_jax.train.optimality import Judged, judge_rollout, pack_step
+from cocoedit_jax.train.optimality import Drawn, judge_rollout, pack_step
 from cocoedit_jax.train.performance import Performance
+from cocoedit_jax.train.refill import refill
 from cocoedit_jax.train.rollout import RewardQueue, Rollout, collect, make_encoder, make_sampler
 from cocoedit_jax.train.run_folder import EVALUATION, claim
 from cocoedit_jax.train.setup import Setup
@@ -50,18 +52,6 @@ class Programs:
     grid: Grid
     sampler: Any
     train_step: Any
-
-
-@dataclass
-class Drawn:
-    """The samples of one step and what is known of them."""
-
-    grid: Grid
-    plan: SamplePlan
-    batch: dict[str, Any]  # the step's distinct records, as loaded
-    conditioning: Conditioning  # of those records
-    rollout: Rollout
-    judged: Judged
 
 
 class Trainer:
@@ -132,55 +122,89 @@ class Trainer:
         with timer("data"):
             records = self._records(step)
             plan = plan_samples(records, self.config.rollout.group_size)
-            shares = divide(plan.group, self.config.rollout.batch_size, self.setup.rollout_mesh)
-            batch, loaded, text = self._load(step, records, shares)
             programs = self.programs(self.setup.train_records[int(records[0])].bucket)
-        setup = self.setup
-        params = self._base_on(setup.rollout_base, setup.rollout_editor, setup.rollout_mesh, timer)
-        with timer("encode"):
-            conditioning = self.encode(params, shares, loaded["image"], text)
-        with timer("rollout"):
-            old = jax.device_put(lora.fold_scale(self.state.old, self.setup.lora), replicated(self.setup.rollout_mesh))
-            rollout = collect(
-                programs.sampler, params, old, conditioning, plan, batch, rollout_key, self.queue, shares
-            )  # fmt: skip
-        self._check_rollout(step, rollout)
-        with timer("advantage"):
-            source, factor = np.asarray(conditioning.source), self.setup.editor.autoencoder.factor
-            judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, self.cfg)
-        judged.metrics |= {f"judge/{name}": value for name, value in rollout.judge_counters.items()}
+        sample = partial(self._sample, step, programs, rollout_key, timer)
+        drawn = sample(plan)
+        if rounds := self.config.rollout.refill:
+            drawn = refill(drawn, rounds, partial(self._further, step), sample, self.config.max_unscored)
+        judged = drawn.judged
+        judged.metrics |= {f"judge/{name}": value for name, value in drawn.rollout.judge_counters.items()}
         self._check_rewards(step, judged.metrics)
-        drawn = Drawn(programs.grid, plan, batch, conditioning, rollout, judged)
-        metrics = judged.metrics | {"seconds/waiting_for_rewards": rollout.seconds_waiting}
+        metrics = judged.metrics | {"seconds/waiting_for_rewards": drawn.rollout.seconds_waiting}
         metrics |= self._update(step, drawn, programs, train_key, timer)
         self.banned |= set(judged.banned)
         metrics["groups/banned"] = float(len(self.banned))
         self.metrics = metrics
         return metrics, drawn
 
-    def _load(self, step: int, records: np.ndarray, shares: Shares) -> tuple[dict[str, Any], dict[str, Any], Any]:
-        """The step's records, of which each process reads its own: ``batch`` as ``collect`` takes it, the loaded ones,
-        and their text inputs."""
+    def _sample(
+        self, step: int, programs: Programs, key: jax.Array, timer: PhaseTimer, plan: SamplePlan,
+        rows: np.ndarray | None = None, before: Drawn | None = None,
+    ) -> Drawn:  # fmt: skip
+        """Samples and scores ``plan``; with ``rows`` only those, the others are as ``before``."""
+        setup = self.setup
+        with timer("data"):
+            shares = divide(plan.group, self.config.rollout.batch_size, setup.rollout_mesh, rows=rows)
+            batch, loaded, text = self._load(step, plan, shares, before)
+        params = self._base_on(setup.rollout_base, setup.rollout_editor, setup.rollout_mesh, timer)
+        with timer("encode"):  # all records, though ``before`` has some: another number would be another program
+            conditioning = self.encode(params, shares, loaded["image"], text)
+        with timer("rollout"):
+            old = jax.device_put(lora.fold_scale(self.state.old, setup.lora), replicated(setup.rollout_mesh))
+            drawn_now = plan if rows is None else plan.take(rows)
+            rollout = collect(
+                programs.sampler, params, old, conditioning, drawn_now, batch, key, self.queue, shares
+            )  # fmt: skip
+        self._check_rollout(step, rollout)
+        with timer("advantage"):
+            if before is not None and rows is not None:
+                rollout = before.rollout.with_rows(rows, rollout, self.queue.merged_counters)
+            source, factor = np.asarray(conditioning.source), setup.editor.autoencoder.factor
+            judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, self.cfg)
+        return Drawn(programs.grid, plan, batch, conditioning, rollout, judged)
+
+    def _load(
+        self, step: int, plan: SamplePlan, shares: Shares, before: Drawn | None
+    ) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        """The records of ``plan``, of which each process reads its own: ``batch`` as ``collect`` takes it, the loaded
+        ones, and their text inputs. Pictures that ``before`` has of the same records stay."""
 
         def check_judge() -> None:
-            judge_hook(self.setup.judge, "check")(step)
-            self.queue.pop_counters()  # those of evaluations and checks are none of the step's
+            if before is None:
+                judge_hook(self.setup.judge, "check")(step)
+                self.queue.pop_counters()  # those of evaluations and checks are none of the step's
 
+        records = plan.records
         batch, loaded, text = load_shares(
             self.setup.editor, self.setup.train, self.setup.train_records, records, shares, check_judge
         )
-        images = dict(zip(shares.groups.tolist(), loaded["image"], strict=True))
+        images: dict[int, np.ndarray] = {}
+        if before is not None:
+            same = np.flatnonzero(before.plan.records == records)
+            images = {g: before.batch["image"][g] for g in same}
+        images |= dict(zip(shares.groups.tolist(), loaded["image"], strict=True))
         batch |= {"image": [images.get(g) for g in range(len(records))], "edit_mask": shares.whole(loaded["edit_mask"])}
         return batch, loaded, text
 
     def _records(self, step: int) -> np.ndarray:
         """Indices of the training records of ``step``, one per group; all of one image size."""
-        records = self.setup.train_records
-        banned = [i for i, r in enumerate(records) if self._ban_key(r.id, r.prompt) in self.banned]
-        buckets = [r.bucket for r in records] if self.setup.framing.crop == "buckets" else None
         return groups_for_step(
-            self.config.seed, step - 1, self.config.rollout.groups, len(records), banned, buckets
+            self.config.seed, step - 1, self.config.rollout.groups, len(self.setup.train_records),
+            *self._banned_and_buckets(self.banned),
         )  # fmt: skip
+
+    def _further(self, step: int, number: int, count: int, taken: np.ndarray, banned: list[str]) -> np.ndarray:
+        """Indices of at most ``count`` records for round ``number`` of refilling ``step``; see ``train.refill``."""
+        return refill_groups(
+            self.config.seed, step - 1, number, count, len(self.setup.train_records), taken,
+            *self._banned_and_buckets(self.banned.union(banned)),
+        )  # fmt: skip
+
+    def _banned_and_buckets(self, banned: set[str]) -> tuple[list[int], list[int] | None]:
+        """Indices of the training records that ``banned`` names, and the bucket of every record if a step has one."""
+        records = self.setup.train_records
+        indices = [i for i, r in enumerate(records) if self._ban_key(r.id, r.prompt) in banned]
+        return indices, [r.bucket for r in records] if self.setup.framing.crop == "buckets" else None
 
     def _update(
         self, step: int, drawn: Drawn, programs: Programs, key: jax.Array, timer: PhaseTimer

@@ -40,6 +40,30 @@ class Rollout:
     judge_counters: dict[str, float]  # of the judges of all processes
     seconds_waiting: float = 0.0  # for rewards, after the last sample was drawn
 
+    def with_rows(
+        self, rows: np.ndarray, other: "Rollout", merge: Callable[[list[dict[str, float]]], dict[str, float]]
+    ) -> "Rollout":
+        """A copy whose samples ``rows`` are those of ``other``; it has waited for both, and ``merge``s their counters."""
+        images = dict(zip(self.own.tolist(), self.images, strict=True))
+        images = {i: images[i] for i in np.setdiff1d(self.own, rows)}
+        images |= dict(zip(rows[other.own].tolist(), other.images, strict=True))
+        own = np.asarray(sorted(images), np.int64)
+
+        def put(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+            out = mine.copy()
+            out[rows] = theirs
+            return out
+
+        return Rollout(
+            put(self.x0, other.x0),
+            own,
+            np.stack([images[i] for i in own]) if len(own) else self.images[:0],
+            {name: put(value, other.rewards[name]) for name, value in self.rewards.items()},
+            {name: put(value, other.reward_valid[name]) for name, value in self.reward_valid.items()},
+            merge([self.judge_counters, other.judge_counters]),
+            self.seconds_waiting + other.seconds_waiting,
+        )
+
 
 def make_encoder(editor: Editor, mesh: Mesh) -> Encoder:
     """``(params, shares, images [n, H, W, 3], text inputs [n]) -> conditioning [G]``, whole on every device.
@@ -172,6 +196,8 @@ def collect(
 
     Every process judges its own samples. Rewards are gathered once, after the last of them.
 
+    A short last batch repeats its last row, so that every batch has one shape; the copies are not scored.
+
     Args:
         conditioning: of the distinct records of the step, in the order of ``plan.group``; encoded once each.
         batch: those records (``image`` ``[G]`` of ``[H, W, 3]``, where this process loads them; ``edit_mask``
@@ -179,19 +205,22 @@ def collect(
         adapter: the old policy with its scale folded in.
         progress: called with the number of samples after each batch.
     """
-    keys = sample_keys(key, plan.sample)
     latents, edited, pending = [], [], []
     for batch_number, samples in enumerate(np.minimum(shares.batches, len(plan) - 1)):
-        x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(plan.group[samples])), keys[samples])
-        judged = shares.judged(batch_number)
-        images, group = local_rows(images, judged), plan.group[samples[judged]]
+        keys = sample_keys(key, plan.sample[samples])
+        x0, images = sampler(params, adapter, conditioning.take(jnp.asarray(plan.group[samples])), keys)
+        images, judged = local_rows(images, shares.rows), shares.judged(batch_number)
+        whole = None
+        if len(judged) < len(shares.rows):  # cut on the host, where another number of rows is no other program
+            whole, images = images, np.asarray(images)[: len(judged)]
+        group = plan.group[samples[judged]]
         if len(group):
             records = [{name: batch[name][g] for name in ("prompt", "id", "extra")} for g in group]
             sources = np.stack([batch["image"][g] for g in group])
-            pending.append(queue.submit(EditBatch(images, sources, 1 - batch["edit_mask"][group], records)))
+            pending.append(queue.submit(EditBatch(images, sources, 1 - batch["edit_mask"][group], records, whole)))
         latents.append(x0)
         edited.append(images)
-        progress(len(samples))
+        progress(len(judged))
     x0 = np.concatenate([fetch(x) for x in latents])[shares.order]
     own = shares.own
     images = np.concatenate([np.asarray(x) for x in edited])[np.argsort(own)]

@@ -43,7 +43,7 @@ class Rollout:
     def with_rows(
         self, rows: np.ndarray, other: "Rollout", merge: Callable[[list[dict[str, float]]], dict[str, float]]
     ) -> "Rollout":
-        """A copy whose samples ``rows`` are those of ``other``; it has waited for both, and ``merge``s their counters."""
+        """A copy whose samples ``rows`` are those of ``other``; with both waits, and both counters ``merge``d."""
         images = dict(zip(self.own.tolist(), self.images, strict=True))
         images = {i: images[i] for i in np.setdiff1d(self.own, rows)}
         images |= dict(zip(rows[other.own].tolist(), other.images, strict=True))

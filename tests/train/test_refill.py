@@ -98,8 +98,9 @@ class Judge:
 
     def __call__(self, requests):
         self.asked.update(r.record_id for r in requests)
-        score = lambda r: None if r.record_id in self.lost else float(1000 * r.edited.mean() % 1)  # noqa: E731
-        return [JudgeScore(score(r)) for r in requests]
+        answers = (float(1000 * r.edited.mean() % 1) for r in requests)
+        lost = (r.record_id in self.lost for r in requests)
+        return [JudgeScore(None, "lost") if gone else JudgeScore(s) for gone, s in zip(lost, answers, strict=True)]
 
 
 @dataclass
@@ -120,7 +121,7 @@ def history(tiny_base, tiny_data, tmp_path_factory):
     """Six steps of a run, in which all records are scored at first and half of them later, and a run that resumes
     after the first step."""
     settings = {
-        "rollout.refill": 2, "algorithm.ban": False, "train.steps": len(STEPS), "max_unscored": 0.9,
+        "rollout.refill": 2, "algorithm.ban": False, "train.steps": len(STEPS), "max_unscored": 1.0,
         "algorithm.kl_weight": 0.1, "algorithm.kl_fraction": 0.5, "judge.name": "partial",
     }  # fmt: skip
     folder, collect = tmp_path_factory.mktemp("refill"), loop.collect

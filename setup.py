@@ -61,7 +61,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
-            "openai>=2.0,<4",  # its types check replies
+            "openai>=3.50,<4",  # its types check replies
             SKIMAGE,
             PARQUET,
             "torch==2.13.0",  # parity and golden numbers are compared to the last digits

@@ -64,7 +64,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
-            "openai>=2.0,<4",  # its types check replies
+            "openai>=3.50,<4",  # its types check replies
             "pyyaml>=6,<7",  # and jsonschema: the Kubernetes recipes
             "jsonschema>=4.18,<5",
             SKIMAGE,

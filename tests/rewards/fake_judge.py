@@ -180,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.isdigit():
             said = STATUS_BODY.get(int(fault), {"error": {"message": "not now"}})
             key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-            self._send(int(fault), json.loads(json.dumps(said).replace("{key}", key)), Retry_After=judge.retry_after)
+            headers = {"Retry_After": judge.retry_after, "Location": f"{judge.url}/elsewhere"}
+            self._send(int(fault), json.loads(json.dumps(said).replace("{key}", key)), **headers)
         elif fault == "hang":
             judge.ending.wait(60)
             self.close_connection = True

@@ -226,12 +226,16 @@ def test_no_part_of_the_key_is_left_where_words_are_cut(monkeypatch):
         secret = Secret(key)
         said = secret.hide(explain_status(401, secret.hide_bytes(raw)))
         assert not any(key[:n] in said for n in range(5, len(key)))
-    with FakeJudge() as server:
-        server.faults, said = ["401"], {"error": {"message": "y" * 495 + " {key}"}}
+    with FakeJudge(scorer=lambda body: 0.4) as server:
+        server.faults, said = ["401"], {"error": {"message": "y" * 494 + " {key}"}}
         monkeypatch.setitem(STATUS_BODY, 401, said)
         with client(server.url, key_env="JUDGE_KEY") as c:
             (reply,) = c.complete_all([ask()], 5)
-    assert "sk-" not in failure(reply).message
+        assert failure(reply).message.endswith("yyy <key>")
+        server.reply = lambda body: {"choices": [{"said": key}]}
+        with client(server.url, key_env="JUDGE_KEY") as c:
+            (reply,) = c.complete_all([ask()], 5)
+        assert failure(reply).cause == "garbled" and "<key>" in failure(reply).message and key not in repr(reply)
     with pytest.raises(UserError, match="expected the name of an environment variable") as error:
         ChatClient(["http://127.0.0.1:1"], key_env=key)  # the key where its variable should be
     assert key not in str(error.value)

@@ -95,6 +95,8 @@ def test_extremes():
     others = [TokenLogprob(letter, -9999.0) for letter in "ABCDE"]
     certain = digit_score([TokenLogprob("5", 0.0), TokenLogprob("5", 0.0), *others])  # listed twice
     assert (certain.score, certain.mass, certain.entropy) == (1.0, 1.0, 0.0)
+    twice = digit_score([TokenLogprob(d, math.log(0.5)) for d in "550"] + others)
+    assert twice.score == pytest.approx(0.5) and twice.mass == pytest.approx(1.0)
     even = digit_score([TokenLogprob(str(d), math.log(1 / 6)) for d in range(6)])
     assert even.score == pytest.approx(0.5) and even.entropy == pytest.approx(math.log(6))
     nothing = digit_score([TokenLogprob("no", 0.0), TokenLogprob("3", -9999.0), *others])

@@ -129,7 +129,7 @@ def test_canaries_are_repeated_and_never_cached(server):
 
 def test_one_replica_that_is_down_does_not_stop_the_checks(server):
     with FakeJudge() as other:
-        j = judge(server.url, other.url, canary_every=1, canary_margin=0.05, timeout_s=0.2)
+        j = judge(server.url, other.url, canary_every=1, canary_margin=0.05, timeout_s=0.8)
         j.start()
         other.always = "500"
         j.check(1)

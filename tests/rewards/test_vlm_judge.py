@@ -9,6 +9,7 @@ import pytest
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.rewards.chat_protocol import parse_completion
 from cocoedit_jax.rewards.judge import JudgeRequest, make_judge
+from cocoedit_jax.rewards.judge_prompt import load_prompt
 from cocoedit_jax.rewards.judge_score import digit_score
 from cocoedit_jax.rewards.vlm_judge import VlmJudge
 from tests.rewards.fake_judge import MODEL, completion, parts_of, true_score
@@ -105,12 +106,16 @@ def test_judgements_are_kept_over_runs_even_if_killed(server, truth, tmp_path):
 def test_the_cache_tells_models_questions_and_pictures_apart(server, tmp_path):
     options = {"cache_dir": str(tmp_path)}
     base = requests(1)[0]
+    prompt, heading = load_prompt("cocoedit"), tmp_path / "heading.json"
+    same = {"questions": dict(prompt.questions), "combine": prompt.combine, "after": prompt.after}
+    heading.write_text(json.dumps(same | {"before": "The picture to be edited:"}))
     variants = [
         ({}, base),
         ({}, JudgeRequest(base.edited, base.source, base.instruction)),
         ({}, JudgeRequest(base.source, base.edited, "do something else")),
         ({"template": "two_question"}, base),
         ({"image_format": "jpeg"}, base),
+        ({"template": str(heading)}, base),
     ]
     for more, request in variants:
         j = judge(server.url, **(options | more))

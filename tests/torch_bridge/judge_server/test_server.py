@@ -106,7 +106,8 @@ def test_the_projects_client_is_served(client):
 
 def test_openais_own_client_is_served(client):
     """Its types are strict about nothing; the replies must be valid for them all the same."""
-    with openai.OpenAI(base_url=f"{client.base_url}v1", api_key="unused", max_retries=0) as other:
+    direct = httpx.Client(trust_env=False)
+    with openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="unused", max_retries=0, http_client=direct) as other:
         listed = other.models.list().data[0]
         reply = other.chat.completions.create(**GOOD)
         ChatCompletion.model_validate(reply.model_dump(), strict=True)

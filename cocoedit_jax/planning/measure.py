@@ -72,7 +72,6 @@ class Program:
         shapes = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             lowered.args_info[0], self._compiled.input_shardings[0],
-            is_leaf=lambda x: hasattr(x, "shape"),
         )  # fmt: skip
         self._arguments = [fill(shape, seed) for seed, shape in enumerate(shapes)]
         if phase == "train":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
@@ -46,10 +47,12 @@ def test_layouts_compute_what_one_device_does(model, layout, name):
     """Kernels and activations are rounded alike however they are split; the programs hold and fetch 8-bit numbers."""
     ours, reference = step(model, layout, quantize=name), step(model, "one", quantize=name)
     assert all(jax.tree.leaves(ours.results[2]))
-    # A sum in another order may round an activation to the neighbouring number.
-    assert relative(moment(ours), moment(reference)) < 1e-3
-    (x0, _), (expected, _) = rollout(model, layout, quantize=name).results, rollout(model, "one", quantize=name).results
-    assert relative(x0, expected) < 1e-3
+    # A sum in another order may round some activations to the neighbouring number: that is no more than a part of what
+    # rounding does anyway.
+    rounding = relative(moment(reference), moment(step(model, "one")))
+    assert relative(moment(ours), moment(reference)) < 0.2 * rounding < 0.1
+    sampled = [rollout(model, where, quantize=name).results[0] for where in (layout, "one")]
+    assert relative(*sampled) < 0.2 * relative(sampled[1], rollout(model, "one").results[0]) < 0.05
     if name == "int8":  # fp8 is widened by the compiler for CPUs
         lines = (ours.program.as_text() or "").splitlines()
         assert any(re.search(r"= \(?.*s8\[[\d,]+\].* all-gather(-start)?\(", line) for line in lines)
@@ -172,7 +175,7 @@ def test_lowered_programs_take_8_bit_arguments():
         (lower_step(model, CFG, LORA, shape, mesh), lower_step(editor("qwen"), CFG, LORA, shape, mesh)),
         (lower_rollout(model, LORA, shape, mesh), lower_rollout(editor("qwen"), LORA, shape, mesh)),
     ):
-        size = lambda x: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x.in_avals))  # noqa: E731
+        size = lambda x: sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(x.args_info))  # noqa: E731
         stored = jax.tree.leaves(model.abstract()["transformer"], is_leaf=quantize.is_kernel)
         kernels = [x for x in stored if quantize.is_kernel(x)]
         values = sum(x.values.value.size for x in kernels)

@@ -12,6 +12,11 @@ and no time.
 Rounding an activation has gradient one (straight-through, arXiv 1308.3432): the gradient that flows back is that of the
 stored kernel, ``dx = (dy * scale) @ values^T``, in the dtype of the activations, in all formats. Kernel and scale are
 constants. An adapter is applied to the activations as they are, and its own gradients are not rounded.
+
+Rollout and optimizer step may differ (``phase_formats``). The velocities that the objective compares, of the trained,
+old and reference policy, are always of one base, that of the step. What a rollout of another format draws is then
+off-policy by the rounding, as samples of an earlier policy are: DiffusionNFT (arXiv 2509.16117) has no likelihood ratio
+that this would bias, it takes the samples as data.
 """
 
 import dataclasses

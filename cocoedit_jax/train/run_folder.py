@@ -63,11 +63,14 @@ def claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
 def _check_continues(path: Path, run_dir: Path, now: dict[str, Any]) -> None:
     if not path.exists():
         raise UserError(f"--run={run_dir}: no config.json, so nothing to resume; start without --resume")
-    then = json.loads(path.read_text())
-    then |= {section: added | then[section] for section, added in _ADDED.items() if section in then}
-    changed = differences(then, now, except_for=_MAY_CHANGE)
+    changed = differences(_completed(json.loads(path.read_text())), _completed(now), except_for=_MAY_CHANGE)
     if changed:
         raise UserError(f"--resume: {path} differs from this configuration:\n  " + "\n  ".join(changed))
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with what ``_ADDED`` says of the sections it has."""
+    return config | {name: added | config[name] for name, added in _ADDED.items() if name in config}
 
 
 def _keep_earlier_result(run_dir: Path, steps: int) -> None:

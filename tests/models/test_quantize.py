@@ -2,12 +2,14 @@
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import orbax_weights, quantize, weights
@@ -18,8 +20,8 @@ from cocoedit_jax.models.quantize import FORMATS, Kernel
 from cocoedit_jax.models.sharded_weights import load_sharded, save_sharded
 from cocoedit_jax.planning.workload import PUBLISHED
 from cocoedit_jax.sharding.flops import forward_flops
-from cocoedit_jax.sharding.mesh import make_mesh
-from cocoedit_jax.sharding.rules import sharded_shapes
+from cocoedit_jax.sharding.mesh import SAMPLE_AXES, make_mesh
+from cocoedit_jax.sharding.rules import manual_specs, parameter_shardings, sharded_shapes
 from cocoedit_jax.train.plan import published_editor
 from tests.models.tiny_flux import CONFIG, CONFIG_JSON, normal_params
 
@@ -111,7 +113,8 @@ def layer(name):
     normal = lambda *shape: jnp.asarray(0.1 * rng.standard_normal(shape), jnp.float32)  # noqa: E731
     adapter = {"lora_A": normal(IN, 4), "lora_B": normal(4, OUT)}
     params = {"kernel": quantize.quantize(kernel, name) if name else kernel, "bias": normal(OUT)}
-    return lambda adapter, x: module.apply({"params": params, LORA: adapter}, x), adapter, x
+    apply: Any = lambda adapter, x: module.apply({"params": params, LORA: adapter}, x)  # noqa: E731
+    return apply, adapter, x
 
 
 @EVERY
@@ -122,7 +125,7 @@ def test_adapter_works_on_what_is_not_rounded(name):
     without = {k: 0 * v for k, v in adapter.items()}
     branch, expected = apply(adapter, x) - apply(without, x), plain(adapter, x) - plain(without, x)
     np.testing.assert_allclose(branch, expected, atol=1e-5 * np.abs(plain(adapter, x)).max())
-    gradients = [jax.grad(lambda a: jnp.sum(f(a, x) ** 1))(adapter) for f in (apply, plain)]  # noqa: B023
+    gradients = [jax.grad(lambda a: jnp.sum(f(a, x)))(adapter) for f in (apply, plain)]  # noqa: B023
     for ours, theirs in zip(*(jax.tree.leaves(g) for g in gradients), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -141,6 +144,31 @@ def test_the_program_multiplies_numbers_of_the_format(name, product):
     text = jax.jit(quantize.matmul).lower(x, stored).as_text()
     (dot,) = re.findall(r"stablehlo.dot_general .*", text)
     assert re.search(product, dot), dot
+
+
+@pytest.mark.parametrize("axes", [("embed", "heads"), ("heads", "embed")], ids=str)
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_layer_that_is_split_rounds_alike(name, axes):
+    """Over fsdp, whose shards it fetches, and tensor, over which it sums or shares its results."""
+    (x, kernel), module = drawn(), Linear(OUT, axes)
+    boxed = {
+        "kernel": nn.LogicallyPartitioned(kernel, axes),
+        "bias": nn.LogicallyPartitioned(jnp.ones(OUT), quantize.result_axes(axes)),
+    }
+    boxed = quantize.quantize_params({"single_transformer_blocks": {"proj_mlp": boxed}}, name)
+    mesh, samples = make_mesh({"fsdp": 2, "tensor": 2}), PartitionSpec(SAMPLE_AXES)
+
+    def run(params, x):
+        apply: Any = lambda x: module.apply({"params": params["single_transformer_blocks"]["proj_mlp"]}, x)  # noqa: E731
+        return apply(x), jax.grad(lambda x: jnp.sum(apply(x) ** 2))(x)
+
+    split = jax.shard_map(
+        run, mesh=mesh, in_specs=(manual_specs(boxed, mesh), samples), out_specs=samples,
+        axis_names=frozenset(SAMPLE_AXES), check_vma=False,
+    )  # fmt: skip
+    found = jax.jit(split)(jax.device_put(nn.unbox(boxed), parameter_shardings(boxed, mesh)), x)
+    for ours, expected in zip(found, run(nn.unbox(boxed), x), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -190,7 +218,7 @@ def test_remat_policies_keep_no_sums():
     ids, half = np.zeros((10, 3), np.int32), jnp.full(1, 0.5)
 
     def loss(remat):
-        network = FluxTransformer(CONFIG, remat=remat)
+        network: Any = FluxTransformer(CONFIG, remat=remat)
         return lambda x: jnp.sum(network.apply({"params": params}, x, text, pooled, half, half, ids, 8) ** 2)
 
     for remat in REMAT_POLICIES:

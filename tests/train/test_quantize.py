@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import lora, quantize
-from cocoedit_jax.models.quantize import FORMATS, phase_formats
-from cocoedit_jax.planning import rows
+from cocoedit_jax.models import lora_files, quantize
+from cocoedit_jax.models.quantize import phase_formats
+from cocoedit_jax.planning import rows, tables
 from cocoedit_jax.planning.compiler import phase_key
 from cocoedit_jax.planning.predict import by_formula
 from cocoedit_jax.planning.topology import parse_topology
@@ -20,11 +22,11 @@ from cocoedit_jax.sharding.layouts import layout_mesh
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.config_checks import check_config
 from cocoedit_jax.train.editors import EDITORS
-from cocoedit_jax.train.loop import Trainer
+from cocoedit_jax.train.loop import train
 from cocoedit_jax.train.plan import StepShape, lower_rollout, lower_step
 from cocoedit_jax.train.run_folder import check_claim, claim
 from cocoedit_jax.train.setup import build
-from configs import flux_kontext, qwen_image_edit
+from configs import flux_kontext
 from tests.train.layout_cases import CFG, LORA, SIZE, TEXT, editor, rollout, step
 
 
@@ -38,6 +40,7 @@ def moment(case):
     return case.results[0].opt_state[1][0].mu
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, layout, name",
     [("flux", "fsdp_context:context=2,tensor=2", "int8"), ("qwen", "fsdp", "fp8")],
@@ -46,10 +49,12 @@ def test_layouts_compute_what_one_device_does(model, layout, name):
     """Kernels and activations are rounded alike however they are split; the programs hold and fetch 8-bit numbers."""
     ours, reference = step(model, layout, quantize=name), step(model, "one", quantize=name)
     assert all(jax.tree.leaves(ours.results[2]))
-    # A sum in another order may round an activation to the neighbouring number.
-    assert relative(moment(ours), moment(reference)) < 1e-3
-    (x0, _), (expected, _) = rollout(model, layout, quantize=name).results, rollout(model, "one", quantize=name).results
-    assert relative(x0, expected) < 1e-3
+    # A sum in another order may round some activations to the neighbouring number: that is no more than a part of what
+    # rounding does anyway.
+    rounding = relative(moment(reference), moment(step(model, "one")))
+    assert relative(moment(ours), moment(reference)) < 0.2 * rounding < 0.1
+    sampled = [rollout(model, where, quantize=name).results[0] for where in (layout, "one")]
+    assert relative(*sampled) < 0.2 * relative(sampled[1], rollout(model, "one").results[0]) < 0.05
     if name == "int8":  # fp8 is widened by the compiler for CPUs
         lines = (ours.program.as_text() or "").splitlines()
         assert any(re.search(r"= \(?.*s8\[[\d,]+\].* all-gather(-start)?\(", line) for line in lines)
@@ -57,6 +62,7 @@ def test_layouts_compute_what_one_device_does(model, layout, name):
     assert sum(quantize.is_kernel(x) for x in kernels) == (17 if model == "flux" else 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, bound", [("int8", 0.05), ("int8_weights", 0.05), ("fp8", 0.2)])
 def test_gradient_of_the_adapter_is_close_to_that_of_the_base_in_full(name, bound):
     """A random network of width 32 without any training; the larger ones of ``RESULTS.md`` are far closer."""
@@ -122,9 +128,8 @@ def test_bases_of_the_phases(config):
         one = (two.rollout_base if phases[0] else two.base).params
         for ours, expected in zip(jax.tree.leaves(one), jax.tree.leaves(setup.params), strict=True):
             np.testing.assert_array_equal(ours, expected)
-        assert two.base.params["transformer"]["proj_out"]["kernel"] is not one["transformer"]["proj_out"]["kernel"] or (
-            one is two.base.params
-        )
+        ends = [base.params["transformer"]["proj_out"]["kernel"] for base in (two.base, two.rollout_base)]
+        assert ends[0] is not ends[1]  # a move of one base must not take it from the other
 
 
 @pytest.mark.slow
@@ -133,68 +138,59 @@ def test_whole_runs(config, tmp_path, phases):
     config.rollout.quantize, config.train.quantize = phases
     config.rollout.layout = "fsdp:fsdp=2" if phases[1] else ""
     config.mesh.data = 2 if phases[1] else 1
-    trainer = Trainer(build(config), tmp_path)
-    trainer.train()
-    assert int(trainer.state.step) == config.train.steps
-    assert max(np.abs(x).max() for x in jax.tree.leaves(lora.fold_scale(trainer.state.theta, LORA))) > 0
+    setup = build(config)
+    train(setup, tmp_path)
+    folder = tmp_path / "lora" / f"step_{config.train.steps:06d}"
+    adapter, _ = lora_files.load_lora(folder, transformer_params=setup.params["transformer"])
+    assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(adapter))
 
 
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["flux", "qwen"])
-def test_arguments_of_planned_programs_shrink(kind):
+def test_arguments_of_a_planned_program_shrink():
     """The kernels of the blocks take half of bfloat16, a share on each device; the rest is as it was."""
-    config = (flux_kontext if kind == "flux" else qwen_image_edit).get_config()
-    workload = Workload.of(config)
-    topology = parse_topology("h100:8")
+    workload, topology = Workload.of(flux_kontext.get_config()), parse_topology("h100:8")
     (plain,) = choose_candidates(workload, 8, layouts=["fsdp"], per_shard=[1])
-    found = {}
-    for name in ("", *FORMATS):
-        candidate = dataclasses.replace(plain, quantize=(name, name))
-        found[name] = {
-            p: by_formula(workload, candidate, topology, p)["memory"]["arguments"] for p in ("rollout", "train")
-        }
-        assert phase_key(workload, candidate, "v5e:4x4", "train")["candidate"].get("quantize", "") == name
+    small = dataclasses.replace(plain, quantize=("int8", "int8"))
+    used = [by_formula(workload, c, topology, "rollout")["memory"]["arguments"] for c in (plain, small)]
     # Large layers of width 3072: 12 d^2 of each of two streams, or of one.
-    blocks = {"flux": 24 * 19 + 12 * 38, "qwen": 24 * 60}[kind] * 3072**2
-    for phase in ("rollout", "train"):
-        assert found[""][phase] - found["int8"][phase] == pytest.approx(blocks / 8, rel=0.01)
-        assert found["int8"][phase] == found["fp8"][phase] == found["int8_weights"][phase]
+    assert used[0] - used[1] == pytest.approx((24 * 19 + 12 * 38) * 3072**2 / 8, rel=0.01)
+
+
+def test_programs_are_kept_by_format(config):
+    workload = Workload.of(config)
+    (plain,) = choose_candidates(workload, 8, layouts=["fsdp"], per_shard=[1])
+    keys = []
+    for phase, *formats in (("train", "", ""), ("train", "fp8", ""), ("train", "", "int8"), ("rollout", "fp8", "")):
+        candidate = dataclasses.replace(plain, quantize=tuple(formats))
+        keys.append(phase_key(workload, candidate, "v5e:4x4", phase)["candidate"].get("quantize"))
+    assert keys == [None, None, "int8", "fp8"]
 
 
 def test_lowered_programs_take_8_bit_arguments():
-    model = dataclasses.replace(editor("qwen"), quantize="int8")
-    side = SIZE * model.autoencoder.factor
+    model = editor("qwen", "int8")
+    side, mesh = SIZE * model.autoencoder.factor, layout_mesh("fsdp")
     shape = StepShape(side, side, TEXT, True, 16, 8, False, 2, 8)
-    mesh = layout_mesh("fsdp")
-    for lowered, plain in (
-        (lower_step(model, CFG, LORA, shape, mesh), lower_step(editor("qwen"), CFG, LORA, shape, mesh)),
-        (lower_rollout(model, LORA, shape, mesh), lower_rollout(editor("qwen"), LORA, shape, mesh)),
-    ):
-        size = lambda x: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(x.in_avals))  # noqa: E731
-        stored = jax.tree.leaves(model.abstract()["transformer"], is_leaf=quantize.is_kernel)
-        kernels = [x for x in stored if quantize.is_kernel(x)]
-        values = sum(x.values.value.size for x in kernels)
-        scales = sum(x.scale.value.size for x in kernels)
-        assert size(plain) - size(lowered) == 3 * values - 4 * scales > 0
+    leaves = jax.tree.leaves(model.abstract()["transformer"], is_leaf=quantize.is_kernel)
+    stored = sum(x.values.value.size for x in leaves if quantize.is_kernel(x))
+    for lowered in (lower_step(model, CFG, LORA, shape, mesh), lower_rollout(model, LORA, shape, mesh)):
+        assert sum(math.prod(x.shape) for x in jax.tree.leaves(lowered.args_info) if x.dtype == np.int8) == stored > 0
         assert re.search(r"dot_general .*xi8>, tensor<\d+x\d+xi8>\) -> tensor<[\dx]+xi32>", lowered.as_text())
 
 
-def test_planner_compares_formats_and_counts_a_second_base():
-    config = flux_kontext.get_config()
+def test_planner_compares_formats_and_counts_a_second_base(config):
     workload, topology = Workload.of(config), parse_topology("h100:8")
-    names = ["none", "int8"]
-    candidates = choose_candidates(workload, 8, layouts=["replicated"], per_shard=[1], quantize=names)
+    candidates = choose_candidates(workload, 8, layouts=["replicated"], per_shard=[1], quantize=["none", "int8"])
     assert [c.quantize for c in candidates] == [("", ""), ("int8", "int8")]
     with pytest.raises(UserError, match="--quantize=int2"):
         choose_candidates(workload, 8, layouts=["replicated"], quantize=["int2"])
     mixed = dataclasses.replace(candidates[0], quantize=("int8", ""))
     plain, small, both = rows.planned_rows(workload, [*candidates, mixed], topology, None)  # pyright: ignore
-    need = lambda row, phase: row["phases"][phase]["need"]  # noqa: E731
-    assert need(small, "train") < need(plain, "train") < need(both, "train")
-    base = need(plain, "rollout") - need(small, "rollout")  # what the smaller one saves of 11.9 G parameters
-    assert need(both, "train") - need(plain, "train") == pytest.approx(2 * 11.9e9 - base, rel=0.02)
-    command = rows.training_command(small, workload, "configs/flux_kontext.py")
-    assert "--config.model.quantize=int8" in command
-    assert "quantize" not in rows.training_command(plain, workload, "configs/flux_kontext.py")
+    need = lambda row: row["phases"]["train"]["need"]  # noqa: E731
+    model = workload.editor("none", "xla", "int8")
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nn.unbox(model.abstract()["transformer"])))
+    assert need(small) < need(plain) and need(both) - need(plain) == size
+    assert "--config.model.quantize=int8" in rows.training_command(small, workload, "configs/quickstart.py")
+    assert "quantize" not in rows.training_command(plain, workload, "configs/quickstart.py")
+    assert "int8/full" in tables.text_table([plain, both])

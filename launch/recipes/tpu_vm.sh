@@ -42,8 +42,8 @@ train() {
 \$HOME/cocoedit/.venv/bin/python -m launch.train --distributed=on --config=configs/flux_kontext.py \
 --run=$SHARED/runs/kontext $1 --config.data.path=$SHARED/data --config.judge.vlm.endpoints=$JUDGE \
 --config.judge.vlm.key_file=$SHARED/judge_key --config.judge.vlm.cache_dir=$SHARED/judge_cache \
---config.mesh.layout=data_fsdp --config.mesh.fsdp=$CHIPS --config.rollout.batch_size=$per_step --config.train.micro_batch=$per_step \
---config.evaluation.batch_size=$per_step"
+--config.mesh.layout=data_fsdp --config.mesh.fsdp=$CHIPS --config.rollout.batch_size=$per_step \
+--config.train.micro_batch=$per_step --config.evaluation.batch_size=$per_step"
 }
 
 case ${1:-} in

@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from launch import command
+from launch import command, distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration of the run, as for launch.train.")
 _TOPOLOGY = flags.DEFINE_list(
@@ -49,6 +49,8 @@ def _layouts() -> list[str]:
 
 def main(argv: list[str]) -> None:
     config = _CONFIG.value
+    if not _TOPOLOGY.value:
+        distributed.initialize()
     import jax
 
     from cocoedit_jax.errors import UserError
@@ -98,6 +100,8 @@ def main(argv: list[str]) -> None:
         f"{path}: {config.model.kind}, {config.data.resolution} px, {workload.samples} samples per step, LoRA rank "
         f"{config.lora.rank}"
     )
+    if not places and jax.process_index():  # all have measured the same programs; one tells
+        return
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "sharding.json", {"settings": settings, "rows": found, "recommended": line})

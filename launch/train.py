@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cocoedit_jax.errors import UserError
-from launch import command
+from launch import command, distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional preset: configs/quickstart.py:edit-r1."
@@ -46,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, setup=distributed.initialize)

@@ -63,7 +63,8 @@ class Shares:
 
         def leaf(x: Any) -> Array:
             x = np.asarray(x)
-            return jax.make_array_from_callback((len(rows), *x.shape[1:]), sharding, lambda at: x[rows[at[0]]])
+            part = lambda at: x[rows[at[0]]]  # noqa: E731  # pyright: ignore[reportOptionalSubscript]
+            return jax.make_array_from_callback((len(rows), *x.shape[1:]), sharding, part)
 
         return jax.tree.map(leaf, tree)
 

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -24,6 +23,7 @@ from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding import processes
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
+from cocoedit_jax.sharding.shares import place
 
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
@@ -88,7 +88,7 @@ def quickstart(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -> 
     folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
     editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
     shardings = parameter_shardings(editor.abstract(), mesh)
-    return editor, lambda: jax.device_put(nn.unbox(params), shardings)
+    return editor, lambda: place(nn.unbox(params), shardings)
 
 
 @register_editor("flux_kontext")

@@ -91,7 +91,7 @@ class Trainer:
         )
 
     def _placed(self, state: TrainState) -> TrainState:
-        return jax.device_put(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
+        return place(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
 
     def _base_on(self, mesh: Mesh, timer: PhaseTimer) -> Any:
         """The base's parameters on ``mesh``; a move is a phase of its own."""

@@ -162,6 +162,8 @@ class _Watch(threading.Thread):
         told.pop(str(index()), None)
         if told:
             return "\n".join(f"process {process}: {text}" for process, text in sorted(told.items()))
+        if missed := _read_all(f"{_SPACE}/missed"):
+            return min(missed.values())
         now, left = time.monotonic(), _read_all(f"{_SPACE}/left")
         for process, beat in _read_all(f"{_SPACE}/alive").items():
             if self._beats.get(process, ("", now))[0] != beat:
@@ -169,7 +171,12 @@ class _Watch(threading.Thread):
         silent = {process: now - seen for process, (_, seen) in self._beats.items() if process not in left}
         limit = SUSPECT_S if self.suspicious else LOST_S
         gone = [process for process, seconds in silent.items() if seconds > limit]
-        return f"process {', '.join(sorted(gone))} is gone: no sign of life for {limit:g} s" if gone else ""
+        if not gone:
+            return ""
+        text = f"process {', '.join(sorted(gone))} is gone: no sign of life for {limit:g} s"
+        # At once to those that have no suspicion yet: they must learn it before the store ends with process 0.
+        _client().key_value_set(f"{_SPACE}/missed/{index()}", text, allow_overwrite=True)
+        return text
 
     def look_for(self, seconds: float) -> str:
         """The failure of another process, waiting for news of it."""

@@ -63,7 +63,8 @@ class Shares:
 
         def leaf(x: Any) -> Array:
             x = np.asarray(x)
-            return jax.make_array_from_callback((len(rows), *x.shape[1:]), sharding, lambda at: x[rows[at[0]]])
+            part = lambda at: x[rows[at[0]]]  # noqa: E731  # pyright: ignore[reportOptionalSubscript]
+            return jax.make_array_from_callback((len(rows), *x.shape[1:]), sharding, part)
 
         return jax.tree.map(leaf, tree)
 
@@ -116,18 +117,24 @@ def divide(
     return Shares(mesh, len(drawn), batches, judged, needed.astype(np.int64), encoded, position)
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """``tree``, which is the same in all processes, placed by ``sharding``; every process hands over its own part."""
+def place(tree: Any, shardings: Any) -> Any:
+    """``tree``, which is the same in all processes, placed by ``shardings``: one of them, or a tree of them.
 
-    def leaf(x: Any) -> Array:
-        if sharding.is_fully_addressable:
+    Every process hands over its own part. ``jax.device_put`` would first compare the arrays of all processes, and where
+    each has one device its result cannot be taken apart (JAX 0.10.2).
+    """
+
+    def leaf(x: Any, sharding: NamedSharding) -> Array:
+        if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
             return jax.device_put(x, sharding)
         if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.jit(lambda key: key, out_shardings=sharding)(x)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
-    return jax.tree.map(leaf, tree)
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: leaf(x, shardings), tree)
+    return jax.tree.map(leaf, tree, shardings)
 
 
 def fetch(x: Array) -> np.ndarray:

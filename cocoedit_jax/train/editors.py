@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,6 +25,7 @@ from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding import processes
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
+from cocoedit_jax.sharding.shares import place
 
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
@@ -94,7 +95,7 @@ def quickstart(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -> 
 
     def load() -> Any:
         transformer = quantize_params(params["transformer"], editor.quantize)
-        return jax.device_put(params | {"transformer": transformer}, shardings)
+        return place(nn.unbox(params | {"transformer": transformer}), shardings)
 
     return editor, load
 

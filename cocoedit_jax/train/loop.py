@@ -82,7 +82,7 @@ class Trainer:
         )
 
     def _placed(self, state: TrainState) -> TrainState:
-        return jax.device_put(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
+        return place(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
 
     def _base_on(self, base: Base, editor: Editor, mesh: Mesh, timer: PhaseTimer) -> Any:
         """The parameters of ``base`` on ``mesh``, for ``editor``; a move is a phase of its own."""

@@ -164,7 +164,7 @@ def _check_edit_types(algorithm: NFTConfig, records: tuple[Record, ...]) -> None
 
 def _check_same_configuration(config: ConfigDict) -> None:
     """Raises UserError where another process runs something else; each may have files and judges of its own."""
-    mine = json.loads(config.to_json())
+    mine = json.loads(config.to_json(), parse_constant=str)  # NaN, which is refused later, equals itself as text
     first = processes.from_first("configuration", lambda: mine)
 
     def compare() -> None:

@@ -17,9 +17,10 @@ SPOT=${SPOT:-}                       # --spot: cheaper, and may be taken away at
 REPOSITORY=${REPOSITORY:-https://git.example.org/cocoedit-jax.git}
 NFS=${NFS:-10.0.0.2:/share}          # a disk that all workers see, such as Filestore
 JUDGE=${JUDGE:-http://judge.example.org:8000/v1}
-PER_STEP=${PER_STEP:-16}             # a multiple of the chips in all slices, that divides 288 samples
+CHIPS=${CHIPS:-16}                   # of one slice, as devices: two on each chip of tpu7x
 
 SHARED=/mnt/shared
+per_step=$((CHIPS * SLICES)) # must divide the 288 samples of a step, or name another configuration
 place=(--project="$PROJECT" --zone="$ZONE")
 nodes=("$NAME")
 if [ "$SLICES" -gt 1 ]; then
@@ -41,8 +42,8 @@ train() {
 \$HOME/cocoedit/.venv/bin/python -m launch.train --distributed=on --config=configs/flux_kontext.py \
 --run=$SHARED/runs/kontext $1 --config.data.path=$SHARED/data --config.judge.vlm.endpoints=$JUDGE \
 --config.judge.vlm.key_file=$SHARED/judge_key --config.judge.vlm.cache_dir=$SHARED/judge_cache \
---config.mesh.layout=fsdp --config.rollout.batch_size=$PER_STEP --config.train.micro_batch=$PER_STEP \
---config.evaluation.batch_size=$PER_STEP"
+--config.mesh.layout=data_fsdp --config.mesh.fsdp=$CHIPS --config.rollout.batch_size=$per_step \
+--config.train.micro_batch=$per_step --config.evaluation.batch_size=$per_step"
 }
 
 case ${1:-} in

@@ -94,7 +94,7 @@ def test_a_process_that_is_killed_ends_the_others_and_fewer_go_on(options, alone
     finally:
         ended = hosts.finish(started, 150)
     assert time.monotonic() - killed < 150
-    assert ended[3][0] == -9
+    assert ended[3][0] == -9, "\n\n".join(output[-3000:] for _, output in ended)
     for code, output in ended[:3]:
         assert code not in (0, -9) and "process 3 is gone" in output, output[-3000:]
     assert (run / "checkpoints" / "2").is_dir() and not (run / "evaluation.json").exists()

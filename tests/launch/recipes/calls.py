@@ -25,7 +25,8 @@ for line in lines:
     child = os.fork()
     if not child:  # each in a process of its own, since reading flags changes them
         try:
-            rest = command._parse([module.__name__, *line])
+            sys.argv = [module.__name__, *line]  # where ml_collections looks for overrides
+            rest = command._parse(sys.argv)
             found = {"rest": rest[1:], "flags": {name: flags.FLAGS[name].value for name in flags.FLAGS}}
             if "config" in found["flags"]:
                 found["config"] = json.loads(flags.FLAGS.config.to_json())

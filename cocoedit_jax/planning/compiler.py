@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 import cocoedit_jax
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.planning.chips import Topology
-from cocoedit_jax.planning.hlo import collectives
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import write_json
+from cocoedit_jax.sharding.collectives import by_kind, exchanges
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.plan import lower_rollout, lower_step, memory
 
@@ -137,7 +137,7 @@ def describe_compiled(compiled: Any, devices: int, unknown_trips: float) -> dict
     """Memory and collectives of one execution, for JSON; bytes per device."""
     used: dict[str, float] = dict(memory(compiled))
     used["total"] = used["arguments"] + used["temporaries"] + used["results"] - used["aliased"]
-    found = collectives(compiled.as_text() or "", devices, unknown_trips)
+    found = by_kind(exchanges(compiled.as_text() or "", devices, unknown_trips))
     return {
         "fits": True,
         "memory": used,

@@ -12,9 +12,9 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.planning import predict
 from cocoedit_jax.planning.chips import Topology
 from cocoedit_jax.planning.compiler import PHASES, Cache, compile_phase, load_topology, phase_key
-from cocoedit_jax.planning.hlo import KINDS
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import progress
+from cocoedit_jax.sharding.collectives import KINDS
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from cocoedit_jax.sharding.collectives import collectives
+from cocoedit_jax.sharding.collectives import exchanges
 from cocoedit_jax.sharding.mesh import DATA, FSDP, SAMPLE_AXES, TENSOR
 from cocoedit_jax.sharding.rules import RULES
 from tests.train.layout_cases import Case, rollout, step
@@ -77,12 +77,14 @@ def test_a_layout_holds_what_it_promises(model, layout):
             assert (f"f32[{shape}]" in text) == (share == 1), path
 
 
+def found(case: Case):
+    """The exchanges of a program, each with its axes."""
+    return [(e, e.axes(case.mesh)) for e in exchanges(case.program.as_text() or "", case.mesh.size)]
+
+
 def reductions_of_samples(case: Case):
-    return [c for c in exchanges(case) if c.kind in ("all-reduce", "reduce-scatter") and set(c.axes) & set(SAMPLE_AXES)]
-
-
-def exchanges(case: Case):
-    return collectives(case.program.as_text() or "", case.mesh)
+    kinds = ("all-reduce", "reduce-scatter")
+    return [e for e, axes in found(case) if e.kind in kinds and set(axes) & set(SAMPLE_AXES)]
 
 
 def check_one_reduction(case: Case) -> None:
@@ -93,20 +95,20 @@ def check_one_reduction(case: Case) -> None:
     summed = sum(math.prod(shape) for c in reductions for shape in c.shapes)
     # A tensor axis leaves each device a share of some.
     assert gradients / case.mesh.shape[TENSOR] <= summed < gradients + 200
-    for c in exchanges(case):
-        if c.in_loop and set(c.axes) & set(SAMPLE_AXES):  # fetching weights
-            assert c.kind == "all-gather" and c.axes == (FSDP,), c
+    for e, axes in found(case):
+        if e.in_loop and set(axes) & set(SAMPLE_AXES):  # fetching weights
+            assert e.kind == "all-gather" and axes == (FSDP,), e
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_gradients_are_reduced_once(model, layout):
     case = step(model, layout)
     check_one_reduction(case)
-    fetched = [c for c in exchanges(case) if c.kind == "all-gather" and c.in_loop and FSDP in c.axes]
+    fetched = [e for e, axes in found(case) if e.kind == "all-gather" and e.in_loop and FSDP in axes]
     assert bool(fetched) == (case.mesh.shape[FSDP] > 1)
     # In sampling, nothing else crosses the axes of samples.
-    for c in exchanges(rollout(model, layout)):
-        assert not set(c.axes) & set(SAMPLE_AXES) or (c.kind, c.axes) == ("all-gather", (FSDP,)), c
+    for e, axes in found(rollout(model, layout)):
+        assert not set(axes) & set(SAMPLE_AXES) or (e.kind, axes) == ("all-gather", (FSDP,)), e
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_ring_attention_gives_the_same_step():
     case = step("qwen", "fsdp_context", attention="ring")
     same_step(case, step("qwen", "one"))
     check_one_reduction(case)
-    assert any(c.kind == "collective-permute" and c.axes == ("context",) for c in exchanges(case))
+    assert any(e.kind == "collective-permute" and axes == ("context",) for e, axes in found(case))
 
 
 def test_every_axis_of_the_rules_is_covered():

@@ -53,9 +53,9 @@ def main(argv: list[str]) -> None:
 
     from cocoedit_jax.errors import UserError
     from cocoedit_jax.planning import measure, rows, tables
-    from cocoedit_jax.planning.chips import parse_topology
     from cocoedit_jax.planning.compiler import PHASES, Cache
     from cocoedit_jax.planning.page import page
+    from cocoedit_jax.planning.topology import parse_topology
     from cocoedit_jax.planning.workload import Workload, choose_candidates
     from cocoedit_jax.reporting.telemetry import write_json, write_text
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 import cocoedit_jax
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.planning.chips import Topology
+from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import write_json
 from cocoedit_jax.sharding.collectives import by_kind, exchanges

@@ -11,8 +11,9 @@ import jax
 from flax import linen as nn
 
 from cocoedit_jax.models.editor import Editor
-from cocoedit_jax.planning.chips import Chip, Topology
+from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
+from cocoedit_jax.sharding.chips import Chip
 from cocoedit_jax.sharding.flops import forward_flops, lora_gradient_flops
 from cocoedit_jax.sharding.mesh import AXES
 from cocoedit_jax.sharding.rules import partition_spec

@@ -10,8 +10,8 @@ from typing import Any
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.planning import predict
-from cocoedit_jax.planning.chips import Topology
 from cocoedit_jax.planning.compiler import PHASES, Cache, compile_phase, load_topology, phase_key
+from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.sharding.collectives import KINDS
@@ -86,7 +86,7 @@ def planned_rows(
     Raises:
         UserError: a candidate asks for something that cannot be, or there is no compiler.
     """
-    by_formula = topology.chip.kind == "gpu"
+    by_formula = topology.chip.platform == "gpu"
     rows, devices = [], None
     with progress(len(candidates) * len(phases), f"plan {topology.name}", "program") as bar:
         for candidate in candidates:

@@ -7,10 +7,11 @@ import pytest
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.planning import compiler, predict, rows, tables
-from cocoedit_jax.planning.chips import GIB, parse_topology
 from cocoedit_jax.planning.compiler import Cache, parse_out_of_memory
 from cocoedit_jax.planning.page import page
+from cocoedit_jax.planning.topology import parse_topology
 from cocoedit_jax.planning.workload import Workload, choose_candidates
+from cocoedit_jax.sharding.chips import GIB
 from cocoedit_jax.train.plan import memory
 from configs import flux_kontext
 

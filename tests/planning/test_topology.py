@@ -1,8 +1,8 @@
 import pytest
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.planning.chips import CHIPS, GB, GIB, parse_topology
-from cocoedit_jax.sharding.flops import PEAK_FLOPS
+from cocoedit_jax.planning.topology import parse_topology
+from cocoedit_jax.sharding.chips import CHIPS, GB, GIB, chip_of
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,7 @@ def test_names(text, name, devices):
         ("h100:0", "up to 8 or a multiple"),
         ("h100:2x4", "number of GPUs"),
         ("v5e:0x4", "dimensions"),
+        ("v4:2x2x2", "v4:2x2x2: expected"),
     ],
 )
 def test_other_names_are_refused(text, expected):
@@ -46,12 +47,21 @@ def test_other_names_are_refused(text, expected):
         parse_topology(text)
 
 
-def test_peaks_are_those_of_the_flops_table():
-    names = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite", "h100": "NVIDIA H100", "h200": "NVIDIA H200",
-             "b200": "NVIDIA B200"}  # fmt: skip
-    for family, name in names.items():
-        assert CHIPS[family].flops == PEAK_FLOPS[name]
+@pytest.mark.parametrize(
+    "kind, name",  # as JAX and libtpu 0.0.42 say it
+    [
+        ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H100 PCIe", None), ("NVIDIA L4", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_devices_are_found_by_what_jax_calls_them(kind, name):
+    assert (chip_of(kind) or (None,))[0] == name
+
+
+def test_chips():
     assert 14 * GIB < CHIPS["v5e"].hbm < 16 * GIB
+    assert CHIPS["tpu7x"].flops * CHIPS["tpu7x"].cores == 2307e12  # the data sheet's chip is two devices
 
 
 def test_clusters_of_more_than_a_node_are_as_fast_as_their_network():

@@ -19,7 +19,13 @@ from cocoedit_jax.models.layers import (
     layer_norm,
     modulate,
 )
-from cocoedit_jax.models.parallel import constrain_tokens, holds_shards, not_whole_weights
+from cocoedit_jax.models.parallel import (
+    constrain_tokens,
+    holds_shards,
+    not_whole_weights,
+    tokens_are_shares,
+    whole_tokens,
+)
 
 Array = jax.Array
 Rope = tuple[Array, Array]
@@ -120,14 +126,17 @@ class DoubleStreamBlock(nn.Module):
         return (x, context), None
 
 
-def output_layer(transformer: nn.Module, x: Array, temb: Array, features: int) -> Array:
-    """Modulated norm of the target tokens and their projection to latents, float32; for use in ``transformer``."""
+def output_layer(transformer: nn.Module, x: Array, temb: Array, features: int, num_target: int) -> Array:
+    """Modulated norm of the first ``num_target`` tokens and their projection to latents, float32; for use in
+    ``transformer``."""
+    if not tokens_are_shares():
+        x = x[:, :num_target]
     dtype: Any = transformer.dtype  # pyright: ignore[reportAttributeAccessIssue]
     # The final layer's order is (scale, shift), unlike the blocks'.
     scale, shift = Modulation(2 * x.shape[-1], dtype=dtype, num_chunks=2, name="norm_out.linear")(temb)
     zeros = nn.initializers.zeros
     project = Linear(features, ("embed", None), dtype=dtype, kernel_init=zeros, name="proj_out")
-    return project(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
+    return whole_tokens(project(modulate(layer_norm(x), shift, scale)).astype(jnp.float32))[:, :num_target]
 
 
 def stack(block: type[nn.Module], length: int, remat: str) -> Any:

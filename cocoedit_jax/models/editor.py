@@ -19,6 +19,7 @@ import numpy as np
 
 from cocoedit_jax.flow.packing import pack, unpack
 from cocoedit_jax.flow.schedule import flow_match_sigmas
+from cocoedit_jax.models.attention import token_axes
 from cocoedit_jax.models.autoencoder import Autoencoder
 from cocoedit_jax.models.layers import LORA, MODULATION
 from cocoedit_jax.models.text import Instruction, TextSide, TextStates
@@ -89,8 +90,9 @@ class Editor:
     """The parts that editors share; a model's own class adds ``_apply``.
 
     Attributes:
-        transformer: the velocity network: a linen module with ``config`` (a ``TransformerShape``), ``dtype`` and
-            ``init_params(key)``.
+        transformer: the velocity network: a linen module with ``config`` (a ``TransformerShape``), ``dtype``,
+            ``attention_backend`` and ``init_params(key)``; with ``shares_tokens = True`` if it cuts its tokens by
+            ``parallel.share_tokens`` and joins them by ``whole_tokens``.
         autoencoder: pixels <-> latents.
         text: instruction -> states.
         patch: latent cells per token side.
@@ -157,6 +159,13 @@ class Editor:
     def network(params: Params) -> Params:
         """Those of ``params`` that ``velocity`` reads; the same of ``abstract()``."""
         return {name: params[name] for name in ("transformer", MODULATION) if name in params}
+
+    def token_axes(self, conditioning: Conditioning, grid: Grid, mesh: Any) -> tuple[str, ...]:
+        """Axes of ``mesh`` that ``velocity`` may be manual in beside those of samples (``attention.token_axes``)."""
+        if not getattr(self.transformer, "shares_tokens", False):
+            return ()
+        lengths = conditioning.text.states.shape[-2], grid.tokens + conditioning.source.shape[-2]
+        return token_axes(mesh, self.transformer.attention_backend, lengths)
 
     def velocity(
         self,

@@ -85,17 +85,18 @@ def make_sampler(editor: Editor, grid: Grid, sigmas: np.ndarray, solver: str, me
         return whole(sample(velocity, noise, sigmas, solver))
 
     everywhere, samples = PartitionSpec(), PartitionSpec(SAMPLE_AXES)
-    draw = jax.shard_map(
-        draw,
-        mesh=mesh,
-        in_specs=(manual_specs(editor.network(editor.abstract()), mesh), everywhere, samples, samples),
-        out_specs=samples,
-        axis_names=frozenset(SAMPLE_AXES),
-        check_vma=False,
-    )
+    weights = manual_specs(editor.network(editor.abstract()), mesh)
 
     def draw_and_decode(params: Any, adapter: Any, conditioning: Conditioning, keys: Array) -> tuple[Array, Array]:
-        x0 = draw(editor.network(params), adapter, conditioning, keys)
+        draw_shares = jax.shard_map(
+            draw,
+            mesh=mesh,
+            in_specs=(weights, everywhere, samples, samples),
+            out_specs=samples,
+            axis_names=frozenset((*SAMPLE_AXES, *editor.token_axes(conditioning, grid, mesh))),
+            check_vma=False,
+        )
+        x0 = draw_shares(editor.network(params), adapter, conditioning, keys)
         pictures = samples if len(x0) % mesh.size else PartitionSpec(AXES)
         decode = jax.shard_map(
             lambda autoencoder, x0: editor.decode({"autoencoder": autoencoder}, x0, grid),

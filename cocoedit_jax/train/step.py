@@ -1,8 +1,9 @@
 """The optimizer step: one jitted call that scans micro-batches x timesteps and reduces gradients once.
 
-Over the axes that split samples, data and fsdp, it is a manual ``shard_map``: every device sums the gradients of its
-own samples over all micro-batches and timesteps, and one all-reduce follows. Layers fetch the shards of their weights
-from the fsdp axis as they run (``models/parallel.py``). The other mesh axes stay automatic inside.
+Over the axes that split samples and tokens, data, fsdp and context, it is a manual ``shard_map``: every device sums the
+gradients of its own samples and tokens over all micro-batches and timesteps, and one all-reduce follows. Layers fetch
+the shards of their weights from the fsdp axis as they run (``models/parallel.py``). The tensor axis stays automatic
+inside.
 """
 
 from collections.abc import Callable
@@ -198,23 +199,26 @@ def make_train_step(
         totals = jax.lax.fori_loop(0, scalars.num_micro, one_micro_batch, zeros)
         return jax.tree.map(lambda x: x[None], totals)
 
-    everywhere = PartitionSpec()
-    weights = manual_specs(editor.network(editor.abstract()), mesh)
-    accumulate = jax.shard_map(
-        accumulate,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, weights, PartitionSpec(None, SAMPLE_AXES), everywhere),
-        out_specs=PartitionSpec(SAMPLE_AXES),
-        axis_names=frozenset(SAMPLE_AXES),
-        check_vma=False,  # gradients of the replicated adapters stay local
-    )
+    def accumulate_everywhere(*inputs: Any) -> tuple[Tree, dict]:
+        """``accumulate`` on all devices: gradients and metrics of each share, in front."""
+        axes = (*SAMPLE_AXES, *editor.token_axes(inputs[3].conditioning, grid, mesh))
+        everywhere, samples = PartitionSpec(), PartitionSpec(None, SAMPLE_AXES)
+        weights = manual_specs(editor.network(editor.abstract()), mesh)
+        return jax.shard_map(
+            accumulate,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, weights, samples, everywhere),
+            out_specs=(PartitionSpec(axes), PartitionSpec(SAMPLE_AXES)),  # metrics are the same along the others
+            axis_names=frozenset(axes),
+            check_vma=False,  # gradients of the replicated adapters stay local
+        )(*inputs)
 
     def train_step(
         state: TrainState, params: Tree, batch: StepBatch, scalars: StepScalars
     ) -> tuple[TrainState, dict[str, Array], Tree]:
-        shards = accumulate(state.theta, state.old, editor.network(params), batch, scalars)
-        # The one reduction over the samples. It is written as a sum of shards outside the manual region because a psum
-        # inside it does not compile when another mesh axis is automatic.
+        shards = accumulate_everywhere(state.theta, state.old, editor.network(params), batch, scalars)
+        # The one reduction over samples and tokens. It is written as a sum of shards outside the manual region because
+        # a psum inside it does not compile when another mesh axis is automatic.
         grads, metrics = jax.tree.map(lambda x: x.sum(axis=0), shards)
         if sharded_adapters:
             grads = jax.lax.with_sharding_constraint(grads, adapter_shardings(grads, mesh, sharded=True))

@@ -29,6 +29,9 @@ _ATTENTION = flags.DEFINE_list("attention", [], "Attention backends; default: th
 _ADAPTERS = flags.DEFINE_string("adapters", "", "replicated or sharded; default: the configuration's.")
 _PHASES = flags.DEFINE_list("phases", ["rollout", "train"], "Phases of a step to look at.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measured rounds.", lower_bound=2)
+_MICRO_BATCHES = flags.DEFINE_integer(
+    "micro_batches", 2, "Most micro-batches that are run to time an optimizer step.", lower_bound=1
+)
 _RECOMMEND = flags.DEFINE_bool("recommend", False, "Choose the fastest row that fits and print the command to train.")
 _OUT = flags.DEFINE_string("out", "runs/sharding", "Folder for sharding.json and sharding.html.")
 _CACHE = flags.DEFINE_string("cache", "runs/sharding_cache", "Folder for what the compiler said.")
@@ -77,37 +80,52 @@ def main(argv: list[str]) -> None:
             attention=_ATTENTION.value,
             adapters=_ADAPTERS.value or config.train.get("adapters", "replicated"),
         )
-        return rows.check_samples(workload, chosen)
-
-    if places:
-        planned = [(place, candidates(place.devices)) for place in places]  # refused before anything is compiled
-        cache, found = Cache(Path(_CACHE.value)), []
-        for place, some in planned:
-            found += rows.planned_rows(workload, some, place, cache, phases)
-    else:
-        found = measure.measured_rows(workload, candidates(jax.device_count()), repeats=_REPEATS.value, phases=phases)
+        usable = rows.check_samples(workload, chosen)
+        for layout in dict.fromkeys(c.layout for c in chosen if c not in usable):
+            print(f"left out: {layout} on {devices} devices, whose shares do not divide the samples", file=sys.stderr)
+        return usable
 
     override = config_flags.get_override_values(flags.FLAGS["config"])
     overrides = [f"--config.{key}={value}" for key, value in override.items()]
     path: str = flags.FLAGS["config"].config_filename  # pyright: ignore[reportAttributeAccessIssue]
-    chosen, line = None, ""
-    if any(row["fits"] for row in found):
-        chosen = rows.recommend(found)
-        line = rows.training_command(chosen, workload, path, overrides)
     settings = (
         f"{path}: {config.model.kind}, {config.data.resolution} px, {workload.samples} samples per step, LoRA rank "
         f"{config.lora.rank}"
     )
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "sharding.json", {"settings": settings, "rows": found, "recommended": line})
-    write_text(out / "sharding.html", page(found, settings, line if _RECOMMEND.value else "", chosen))
+
+    def write(found: list[rows.Row]) -> tuple[rows.Row | None, str]:
+        """Everything that is known so far; the row to recommend, and its command."""
+        chosen = rows.recommend(found) if any(row["fits"] and "step_seconds" in row for row in found) else None
+        line = rows.training_command(chosen, workload, path, overrides) if chosen else ""
+        write_json(out / "sharding.json", {"settings": settings, "rows": found, "recommended": line})
+        write_text(out / "sharding.html", page(found, settings, line if _RECOMMEND.value else "", chosen))
+        return chosen, line
+
+    found: list[rows.Row] = []
+    if _TOPOLOGY.value:
+        planned = [(place, candidates(place.devices)) for place in places]  # refused before anything is compiled
+        cache = Cache(Path(_CACHE.value))
+        for place, some in planned:
+            found += rows.planned_rows(workload, some, place, cache, phases)
+            write(found)
+    else:
+        found = measure.measured_rows(
+            workload, candidates(jax.device_count()), repeats=_REPEATS.value, micro_batches=_MICRO_BATCHES.value,
+            phases=phases, done=write,
+        )  # fmt: skip
+
+    chosen, line = write(found)
     print(settings)
     print(tables.text_table(found))
     print(f"\n{out / 'sharding.html'}, {out / 'sharding.json'}", file=sys.stderr)
     if _RECOMMEND.value:
-        chosen = rows.recommend(found)  # an error if none fits, after everything was written
-        print(f"\nrecommended: {chosen['layout']}, {chosen['per_shard']} per shard, remat {chosen['remat']}\n{line}")
+        chosen = chosen or rows.recommend(found)  # an error if none fits, after everything was written
+        print(
+            f"\nrecommended: {chosen['layout']} on {chosen['where']}, {chosen['per_shard']} per shard, remat "
+            f"{chosen['remat']}\n{line}"
+        )
 
 
 if __name__ == "__main__":

@@ -133,10 +133,16 @@ def lower_phase(workload: Workload, candidate: Candidate, phase: str, mesh: Mesh
     return lower_step(editor, workload.algorithm, workload.lora, shape, mesh)
 
 
-def describe_compiled(compiled: Any, devices: int, unknown_trips: float) -> dict[str, Any]:
-    """Memory and collectives of one execution, for JSON; bytes per device."""
+def planned_memory(compiled: Any) -> dict[str, float]:
+    """``train.plan.memory`` and its ``total``: what is held at once. Bytes per device."""
     used: dict[str, float] = dict(memory(compiled))
     used["total"] = used["arguments"] + used["temporaries"] + used["results"] - used["aliased"]
+    return used
+
+
+def describe_compiled(compiled: Any, devices: int, unknown_trips: float) -> dict[str, Any]:
+    """Memory and collectives of one execution, for JSON; bytes per device."""
+    used = planned_memory(compiled)
     found = by_kind(exchanges(compiled.as_text() or "", devices, unknown_trips))
     return {
         "fits": True,

@@ -5,6 +5,7 @@ A row has ``method``: "compiled" (memory and exchanges are the compiler's, times
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.sharding.collectives import KINDS
+from cocoedit_jax.sharding.mesh import AXES
 
 Row = dict[str, Any]
 
@@ -57,16 +59,18 @@ def predicted_phase(
     flops *= math.ceil(workload.samples / candidate.batch) * candidate.batch / workload.samples
     traffic = predict.hbm_traffic(workload, editor, candidate, phase)
     out["exchanged"] = exchanged
-    out["roofline"] = predict.roofline(topology.chip, topology.link, topology.devices, flops, traffic, exchanged)
+    exchange = out.pop("exchange_seconds", exchanged / topology.chip.link)
+    out["roofline"] = predict.roofline(topology.chip, topology.devices, flops, traffic, exchange)
     return out
 
 
 def finish(row: Row, workload: Workload) -> Row:
-    """Adds what follows from the phases: ``fits``, and of rows that do, ``step_seconds`` and ``samples_per_second``."""
+    """Adds what follows from the phases: ``fits``, and of rows that do, ``step_seconds`` and ``samples_per_second`` as
+    soon as times are known."""
     phases = row["phases"].values()
     row["fits"] = bool(phases) and all(phase["fits"] for phase in phases)
     key = "measured" if row["method"] == "measured" else "roofline"
-    if row["fits"]:
+    if row["fits"] and all(key in phase for phase in phases):
         median = lambda p: p[key]["median"] if key == "measured" else p[key]["seconds"]  # noqa: E731
         row["step_seconds"] = sum(median(phase) for phase in phases)
         row["samples_per_second"] = workload.samples / row["step_seconds"]
@@ -143,8 +147,8 @@ def recommend(rows: Sequence[Row]) -> Row:
     return min(usable, key=rank)
 
 
-def training_command(row: Row, workload: Workload, config: str, overrides: Sequence[str] = ()) -> str:
-    """The command line that trains as ``row`` says.
+def training_command(row: Row, workload: Workload, config_file: str, overrides: Sequence[str] = ()) -> str:
+    """The command line that trains as ``row`` says, on devices as many as it has.
 
     The rollout's batch must divide the samples of a step: it is lowered to the nearest multiple of the shards that
     does.
@@ -154,24 +158,28 @@ def training_command(row: Row, workload: Workload, config: str, overrides: Seque
     while batch > shards and workload.samples % batch:
         batch -= shards
     name, _, sizes = row["layout"].partition(":")
-    settings = {"mesh.layout": name} | {f"mesh.{k}": v for k, v in (s.split("=") for s in sizes.split(",") if s)}
+    config = workload.config
+    settings: dict[str, Any] = {"mesh.layout": name}
+    # What is set otherwise in the configuration would override the layout.
+    settings |= {f"mesh.{axis}": 0 for axis in AXES if config.mesh.get(axis, 0)}
+    settings |= {f"mesh.{k}": v for k, v in (s.split("=") for s in sizes.split(",") if s)}
+    settings |= {f"{phase}.layout": "" for phase in ("rollout", "train") if config[phase].get("layout", "")}
     settings |= {"rollout.batch_size": batch, "train.micro_batch": row["micro_batch"], "model.remat": row["remat"]}
     settings |= {"model.attention": row["attention"]}
-    if row["adapters"] != workload.config.train.get("adapters", "replicated"):
+    if row["adapters"] != config.train.get("adapters", "replicated"):
         settings["train.adapters"] = row["adapters"]
-    evaluation = workload.config.evaluation.batch_size
-    if evaluation % shards:
-        settings["evaluation.batch_size"] = math.ceil(evaluation / shards) * shards
+    if config.evaluation.batch_size % shards:
+        settings["evaluation.batch_size"] = math.ceil(config.evaluation.batch_size / shards) * shards
     given = [text for text in overrides if text.removeprefix("--config.").partition("=")[0] not in settings]
-    parts = [f"--config={config}", *given, *(f"--config.{key}={value}" for key, value in settings.items())]
-    return "python -m launch.train " + " ".join(parts)
+    parts = [f"--config={config_file}", *given, *(f"--config.{key}={value}" for key, value in settings.items())]
+    return "python -m launch.train " + shlex.join(parts)
 
 
 def check_samples(workload: Workload, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those whose rollout batches can divide a step's samples.
 
     Raises:
-        UserError: none.
+        UserError: there is none.
     """
     usable = [c for c in candidates if workload.samples % c.shards == 0]
     if not usable:

@@ -39,11 +39,16 @@ class Topology:
     def chip(self) -> Chip:
         return CHIPS[self.family]
 
-    @property
-    def link(self) -> float:
-        """Bytes/s that one device can send when all devices exchange."""
+    def bandwidth(self, stride: int, size: int) -> float:
+        """Bytes/s that each device sends in exchanges within groups of ``size`` devices, ``stride`` apart.
+
+        A group of GPUs that reaches beyond a node has as many adapters as members in a node, and NCCL's rings use all
+        of them.
+        """
         chip = self.chip
-        return chip.network if chip.node and self.devices > chip.node else chip.link
+        if not chip.node or self.devices <= chip.node or stride * size <= chip.node:
+            return chip.link
+        return min(chip.link, max(1, chip.node // stride) * chip.network)
 
 
 def parse_topology(text: str) -> Topology:

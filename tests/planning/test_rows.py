@@ -117,6 +117,15 @@ def test_out_of_memory_is_a_row_and_nothing_is_compiled_twice(planned, workload)
     assert found[0]["step_seconds"] == train["roofline"]["seconds"] + rollout["roofline"]["seconds"]
 
 
+def test_a_slice_that_cannot_be_described_is_named(monkeypatch):
+    def refuse(name, platform):
+        raise RuntimeError("Topology v5e:3x5 is not known\nmore")
+
+    monkeypatch.setattr(compiler.topologies, "get_topology_desc", refuse)
+    with pytest.raises(UserError, match=r"--topology=v5e:3x5: Topology .* is not known\nexpected the TPU compiler"):
+        compiler.load_topology(parse_topology("v5e:3x5"))
+
+
 def test_recommendation(planned, workload):
     found = planned[0]()
     chosen = rows.recommend(found)

@@ -64,7 +64,9 @@ def test_chips():
     assert CHIPS["tpu7x"].flops * CHIPS["tpu7x"].cores == 2307e12  # the data sheet's chip is two devices
 
 
-def test_clusters_of_more_than_a_node_are_as_fast_as_their_network():
-    assert parse_topology("h100:8").link == 450 * GB
-    assert parse_topology("h100:16").link == 50 * GB
-    assert parse_topology("v5p-512").link == CHIPS["v5p"].link
+def test_groups_beyond_a_node_are_as_fast_as_its_adapters():
+    small, large = parse_topology("h100:8"), parse_topology("h100:16")
+    assert small.bandwidth(1, 8) == large.bandwidth(1, 8) == large.bandwidth(2, 4) == 450 * GB
+    assert large.bandwidth(1, 16) == 8 * 50 * GB  # eight of its members in a node
+    assert large.bandwidth(2, 8) == 4 * 50 * GB and large.bandwidth(8, 2) == 50 * GB
+    assert parse_topology("v5p-512").bandwidth(1, 256) == CHIPS["v5p"].link

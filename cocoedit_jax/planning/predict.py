@@ -57,6 +57,17 @@ def executed_flops(workload: Workload, editor: Editor, remat: str) -> dict[str, 
     return flops
 
 
+_abstract: dict[Any, Any] = {}
+
+
+def abstract_of(editor: Editor) -> Any:
+    """``editor.abstract()``, traced once for each kind of editor: tracing a whole model takes seconds."""
+    kind = tuple(repr(part) for part in (editor.transformer, editor.autoencoder, getattr(editor, "quantize", "")))
+    if kind not in _abstract:
+        _abstract[kind] = editor.abstract()
+    return _abstract[kind]
+
+
 class _Sizes:
     """Stands in for a mesh where only its shape is asked for."""
 
@@ -90,7 +101,7 @@ def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase:
     is also written), and the activations of its own samples."""
     cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
     shape = editor.transformer.config
-    whole, _ = _weights(editor.abstract()["transformer"], _Sizes(sizes))
+    whole, _ = _weights(abstract_of(editor)["transformer"], _Sizes(sizes))
     weights = whole / sizes["tensor"] * (2 if sizes["fsdp"] > 1 else 1)
     if phase == "rollout":
         passes = steps
@@ -131,7 +142,7 @@ def formula_memory(workload: Workload, editor: Editor, candidate: Candidate, pha
     """
     sizes, shape = dict(candidate.sizes), editor.transformer.config
     mesh = _Sizes(sizes)
-    abstract = editor.abstract()
+    abstract = abstract_of(editor)
     whole, local = _weights(abstract["transformer"], mesh)
     _, other = _weights({k: v for k, v in abstract.items() if k != "transformer"}, mesh)
     rank = workload.lora.rank
@@ -175,7 +186,7 @@ def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, p
     one reduction of adapter gradients over all axes that split samples or tokens."""
     cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
     shape = editor.transformer.config
-    whole, _ = _weights(editor.abstract()["transformer"], _Sizes(sizes))
+    whole, _ = _weights(abstract_of(editor)["transformer"], _Sizes(sizes))
     width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
     passes = steps
     if phase == "train":

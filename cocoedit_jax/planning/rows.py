@@ -74,11 +74,12 @@ def predicted_phase(
 
 
 def finish(row: Row, workload: Workload) -> Row:
-    """Adds what follows from the phases: ``fits``, and of rows that do, ``step_seconds`` and ``samples_per_second``."""
+    """Adds what follows from the phases: ``fits``, and of rows that do, ``step_seconds`` and ``samples_per_second`` as
+    soon as times are known."""
     phases = row["phases"].values()
     row["fits"] = bool(phases) and all(phase["fits"] for phase in phases)
     key = "measured" if row["method"] == "measured" else "roofline"
-    if row["fits"]:
+    if row["fits"] and all(key in phase for phase in phases):
         median = lambda p: p[key]["median"] if key == "measured" else p[key]["seconds"]  # noqa: E731
         row["step_seconds"] = sum(median(phase) for phase in phases)
         row["samples_per_second"] = workload.samples / row["step_seconds"]

@@ -35,7 +35,7 @@ def base_text(row: Row) -> str:
 
 
 def _gib(value: float | None) -> str:
-    return "-" if value is None else f"{value / GIB:.2f}"
+    return "-" if value is None else f"{value / GIB:.2f}" if value >= 0.1 * GIB else f"{value / GIB:.2g}"
 
 
 def seconds_text(phase: Mapping[str, object] | None) -> str:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from cocoedit_jax.planning import rows
 from cocoedit_jax.planning.workload import Workload, choose_candidates
 from configs import flux_kontext
+from tests.train.tiny import tiny_quickstart
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,3 +89,38 @@ def test_a_gpu_cluster_is_planned_and_a_layout_recommended(tmp_path):
     assert written["recommended"] in done.stdout and "--config.data.resolution=1024" in written["recommended"]
     page = (tmp_path / "sharding.html").read_text()
     assert page.count("<img") == 3 and "python -m launch.train" in page  # memory, time, scaling
+
+
+CONFIG = """
+from pathlib import Path
+from tests.train.tiny import tiny_config
+
+def get_config(name="cocoedit"):
+    return tiny_config(Path(%r), Path("data"), name, **{"rollout.steps": 2, "rollout.solver": "euler"})
+"""
+
+
+@pytest.mark.slow
+def test_the_devices_present_are_measured_and_a_layout_recommended(tmp_path):
+    """The whole command on four CPU devices: table, JSON, page, and a command line for training."""
+    (tmp_path / "config.json").write_text(tiny_quickstart().to_json())
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG % str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.bench_sharding", f"--config={config}:edit-r1", "--layouts=fsdp,data_fsdp",
+         "--per_shard=1", "--repeats=2", "--recommend", f"--out={tmp_path}", f"--xla_cache={tmp_path / 'xla'}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "true",
+             "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "sharding.json").read_text())
+    assert [row["mesh"]["fsdp"] for row in written["rows"]] == [4, 2] and all(row["fits"] for row in written["rows"])
+    for row in written["rows"]:
+        for phase in row["phases"].values():
+            assert phase["measured"]["samples"] == 2 and phase["mfu"] > 0 and phase["memory"]["temporaries"] > 0
+    best = max(written["rows"], key=lambda row: row["samples_per_second"])
+    assert f"recommended: {best['layout']} on cpu" in done.stdout and "rollout MFU" in done.stdout
+    assert (tmp_path / "sharding.html").read_text().count("<img") == 2  # memory, time
+    meshes, found = parsed(written["recommended"], 4)
+    assert meshes == [best["mesh"]] * 2 and found["preset"] == "edit-r1" and found["train"]["micro_batch"] == 4

@@ -109,4 +109,4 @@ def test_large_arrays_are_random_and_made_in_place(monkeypatch):
         assert np.abs(off).mean() < 0.15
     compiled = measure._hashed(shape).lower().compile()
     analysis = compiled.memory_analysis()
-    assert analysis is not None and analysis.output_size_in_bytes == x.nbytes / 8
+    assert analysis is not None and analysis.output_size_in_bytes <= x.nbytes / 8 + 256

@@ -102,8 +102,8 @@ class Judge:
 
     def __call__(self, requests):
         self.asked.update(r.record_id for r in requests)
-        score = lambda r: None if r.record_id in self.lost else float(1000 * r.edited.mean() % 1)  # noqa: E731
-        return [JudgeScore(score(r)) for r in requests]
+        lost, score = JudgeScore(None, "lost"), lambda r: JudgeScore(float(1000 * r.edited.mean() % 1))
+        return [lost if r.record_id in self.lost else score(r) for r in requests]
 
 
 @dataclass
@@ -124,7 +124,7 @@ def history(tiny_base, tiny_data, tmp_path_factory):
     """Six steps of a run, in which all records are scored at first and half of them later, and a run that resumes
     after the first step."""
     settings = {
-        "rollout.refill": 2, "algorithm.ban": False, "train.steps": len(STEPS), "max_unscored": 0.9,
+        "rollout.refill": 2, "algorithm.ban": False, "train.steps": len(STEPS), "max_unscored": 1.0,
         "algorithm.kl_weight": 0.1, "algorithm.kl_fraction": 0.5, "judge.name": "partial",
     }  # fmt: skip
     folder, collect = tmp_path_factory.mktemp("refill"), loop.collect
@@ -168,6 +168,7 @@ def history(tiny_base, tiny_data, tmp_path_factory):
 
 def test_every_round_replaces_what_was_lost_in_the_one_before(history):
     (run, _), steps, _ = history
+    assert steps[2].drawn.conditioning.source.shape[0] == 4  # records, not samples: each is encoded once
     assert len(steps[1].rounds) == 1 and len(steps[1].rounds[0]) == 4 and steps[1].metrics["groups/refilled"] == 0
     for step in steps.values():
         for before, after in itertools.pairwise(step.rounds):

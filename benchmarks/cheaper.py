@@ -4,9 +4,10 @@
 
 Each row trains the quickstart with some settings changed and evaluates it on the held-out scenes, as
 ``python -m launch.train --config=configs/quickstart.py --config.KEY=VALUE`` does. Seconds are processor time of the
-whole process, over all its threads, so that another program on the machine does not count; medians over the steps but
-the first. A run that is stopped (Ctrl-C, SIGTERM) goes on when the same command is given again. ``DIR/table.md`` holds
-what is finished.
+whole process, over all its threads, so that another program on the machine does not count; means over the steps but
+those that compile, because a fraction of the KL term is in some steps only. With ``--scenes=0`` nothing is evaluated. A
+run that is stopped (Ctrl-C, SIGTERM) goes on when the same command is given again. ``DIR/table.md`` holds what is
+finished.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def take_steps(trainer: Trainer, folder: Path, steps: int, stop: Stop) -> None:
             row |= {"cpu": time.process_time() - since, "wall": time.perf_counter() - wall} | {
                 name.replace("seconds/", "cpu/"): value for name, value in cpu.pop().items()
             }
-            lines.append(json.dumps({"step": step} | row))
+            lines.append(json.dumps({"step": step, "compiles": step == start + 1} | row))
             if step % 10 == 0 or step == steps or stop.requested:
                 log.write_text("\n".join(lines) + "\n")
                 trainer.save(metrics)
@@ -103,11 +104,13 @@ def run_row(name: str, args: argparse.Namespace, stop: Stop) -> None:
     config.update_from_flattened_dict({"seed": args.seed, "train.steps": args.steps} | ROWS[name])
     setup = build(config)
     folder.mkdir(parents=True, exist_ok=True)
-    if not base_file.is_file():
+    if args.scenes and not base_file.is_file():
         write_json(base_file, measure(setup, None, args.scenes, stop, "base").to_json)
     trainer = Trainer(setup, folder)
     try:
         take_steps(trainer, folder, args.steps, stop)
+        if not args.scenes:
+            return write_json(result, {})
         adapter = lora.fold_scale(trainer.trained_adapter(), setup.lora)
         trained = measure(setup, adapter, args.scenes, stop, f"{name}, trained")
     finally:
@@ -127,12 +130,15 @@ def table(out: Path) -> str:
         if not (folder / "result.json").is_file():
             continue
         rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
-        middle = lambda key, rows=rows: float(np.median([row.get(key, 0.0) for row in rows[1:]]))  # noqa: E731
+        steady = [row for row in rows if not row["compiles"]]
+        mean = lambda key, steady=steady: float(np.mean([row.get(key, 0.0) for row in steady]))  # noqa: E731
         used = np.mean([row["samples/used"] for row in rows]) / get_config().rollout.group_size
-        change = json.loads((folder / "result.json").read_text())["difference"]
+        change = json.loads((folder / "result.json").read_text()).get("difference", {})
         digits = {"judge": 3, "psnr_outside": 2}
-        cells = [f"{change[key]['mean']:+.{d}f} ± {change[key]['se']:.{d}f}" for key, d in digits.items()]
-        seconds = [f"{middle(key):.2f}" for key in ("cpu", "cpu/rollout", "cpu/train")]
+        cells = [
+            f"{change[key]['mean']:+.{d}f} ± {change[key]['se']:.{d}f}" if change else "" for key, d in digits.items()
+        ]
+        seconds = [f"{mean(key):.2f}" for key in ("cpu", "cpu/rollout", "cpu/train")]
         lines.append(f"| {name} | {' | '.join([*seconds, f'{used:.2f}', *cells])} |")
     return "\n".join(lines) + "\n"
 

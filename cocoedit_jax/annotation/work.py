@@ -179,7 +179,7 @@ def give_up(store: Store, number: int, stage: str, reasons: Sequence[str] = ("no
     """Makes dead letters of what stayed without an answer in `stage` for one of `reasons`; returns how many."""
 
     def bury(annotation: Annotation) -> Annotation:
-        if pending_at(annotation, stage) and annotation.reason in reasons:
+        if pending_at(annotation, stage) and annotation.reason is not None and annotation.reason in reasons:
             return annotation.dead(annotation.reason, annotation.detail)
         return annotation
 

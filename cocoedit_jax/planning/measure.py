@@ -159,7 +159,6 @@ class Program:
         self._shapes = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             lowered.args_info[0], self._compiled.input_shardings[0],
-            is_leaf=lambda x: hasattr(x, "shape"),
         )  # fmt: skip
 
     def _arguments(self, base: HeldBase) -> list[Any]:

@@ -23,7 +23,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cocoedit_jax*", "launch*", "torch_bridge*"]) + ["configs"],
-    package_data={"cocoedit_jax": ["assets/**/*", "rewards/prompts/*", "annotation/prompts/*"]},
+    package_data={
+        "cocoedit_jax": ["assets/**/*", "rewards/prompts/*", "annotation/prompts/*"],
+        "launch": ["recipes/*"],
+    },
     install_requires=[
         # flax up to 0.12.8 subclasses a class that jax 0.11 no longer has.
         "jax>=0.10.2,<0.11",
@@ -61,8 +64,12 @@ setup(
             "pytest-xdist>=3.8,<4",
             "ruff>=0.17,<0.18",
             "pyright>=1.1.400",
+            "openai>=3.50,<4",  # its types check replies
+            "pyyaml>=6,<7",  # and jsonschema: the Kubernetes recipes
+            "jsonschema>=4.18,<5",
             SKIMAGE,
             PARQUET,
+            RAY,
             "torch==2.13.0",  # parity and golden numbers are compared to the last digits
             *BRIDGE,
             *JUDGE,

@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.nft.presets import preset
-from cocoedit_jax.sharding.collectives import collectives
+from cocoedit_jax.sharding.collectives import exchanges
 from cocoedit_jax.sharding.layouts import LAYOUTS, layout_mesh
 from cocoedit_jax.sharding.mesh import sample_shards
 from cocoedit_jax.train.plan import StepShape, lower_rollout, lower_step, memory, published_editor
@@ -51,8 +51,8 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     traced = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
-    found = collectives(compiled.as_text() or "", mesh)
-    kinds = Counter(f"{c.kind} over {'+'.join(c.axes)}{' in a loop' if c.in_loop else ''}" for c in found)
+    found = exchanges(compiled.as_text() or "", mesh.size)
+    kinds = Counter(f"{e.kind} over {'+'.join(e.axes(mesh))}{' in a loop' if e.in_loop else ''}" for e in found)
     return {
         "settings": vars(args),
         "devices": len(devices),

@@ -96,13 +96,20 @@ def get_config() -> ConfigDict:
                 # Of the same picture with the same instruction the best-scored stays: "exact" (equal files), "near"
                 # (to the eye, see cocoedit_jax/data/duplicates.py), or "keep" all.
                 "duplicates": "near",
+                # What "near" means: so many of the 64 bits of the difference hashes may differ (0 to 16), and so much
+                # of 255 the colours of the 8 x 8 thumbnails, in the mean.
+                "near_bits": 4,
+                "near_colour": 12.0,
             },
             "engine": {
                 "shard_size": 128,  # items per shard; a killed run repeats at most one stage of the shards under way
                 "in_flight": 2,  # shards worked on at once, so that servers stay busy at a shard's end
                 "images": "copy",  # of the kept into DIR/images: copy or hardlink
-                "batch_requests": 2000,  # per file of --emit_batch
-                # With --engine=ray: workers of a stage, and CPUs and GPUs of one worker.
+                # Per file of --emit_batch: requests and MiB at most. Hosted services take 50,000 and 200 MB.
+                "batch_requests": 2000,
+                "batch_mib": 180.0,
+                # With --engine=ray: workers of a stage, CPUs of one worker (fewer in a cluster that has not enough for
+                # all), and GPUs of one that makes masks.
                 "ray": {"workers": 2, "cpus": 1.0, "mask_workers": 1, "mask_gpus": 1.0},
             },
         }

@@ -40,6 +40,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.model.vae_tile = 0  # pixels: decode larger pictures in tiles of this size; 0: exactly
     config.model.remat = "full"  # what the backward pass recomputes, rising: none, dots, attention, full, offload
     config.model.attention = "auto"  # auto, xla, blocked, cudnn (GPU), splash (TPU), ulysses, ring (mesh.context)
+    config.model.quantize = ""  # frozen base in 8 bits: int8, int8_weights (memory only), fp8; empty: it is not
 
     config.data = ConfigDict()
     config.data.path = "data/cocoedit-40k"  # metadata.jsonl, images/, masks/; masks are white where to keep
@@ -55,7 +56,9 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.rollout.batch_size = 24  # edits sampled at once, over all devices
     config.rollout.steps = 10  # sampler steps
     config.rollout.solver = "dpm2"  # dpm2, euler, ddim, dpm1
+    config.rollout.refill = 0  # rounds in which groups that teach nothing are replaced by further records
     config.rollout.layout = ""  # of sampling alone, such as "fsdp_tensor:tensor=4"; empty: config.mesh
+    config.rollout.quantize = ""  # of sampling alone, with a base of its own in memory; empty: config.model
 
     config.train = ConfigDict()
     config.train.steps = 1000  # optimizer steps
@@ -64,6 +67,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.train.weight_decay = 1e-4
     config.train.max_grad_norm = 1.0
     config.train.layout = ""  # of the optimizer step alone; empty: config.mesh
+    config.train.quantize = ""  # of the optimizer step alone; empty: config.model
     config.train.adapters = "replicated"  # adapters and optimizer state; sharded: over the fsdp axis
 
     config.lora = ConfigDict()

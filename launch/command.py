@@ -49,8 +49,13 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: --config: {error}")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Runs ``main`` as absl does; its UserErrors and stops by non-finite numbers become one message and exit code 1."""
+def run(main: Callable[[list[str]], None], setup: Callable[[], None] | None = None) -> None:
+    """Runs ``main`` as absl does; its UserErrors and stops by non-finite numbers become one message and exit code 1.
+
+    Args:
+        main: what the command does.
+        setup: called before it, with flags parsed: ``distributed.initialize`` for what runs on several hosts.
+    """
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
@@ -58,6 +63,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
         keep_compiled_programs()
         try:
+            if setup is not None:
+                setup()
             main(argv)
         except OSError as error:
             # A configuration file that is not there is reported by ml_collections when it is first used.

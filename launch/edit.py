@@ -45,10 +45,15 @@ _SOURCE = flags.DEFINE_enum(
     "Size at which the model sees a picture: as its pipeline chooses it (FLUX.1 Kontext: the nearest in shape of those "
     "that it was trained on), the edit's (stretched to it; as CoCoEdit trains), or its own.",
 )  # fmt: skip
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Edits of one size sampled at once.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 1, "Edits of one size sampled at once; at least one per device.", lower_bound=1
+)
 _SIDE_BY_SIDE = flags.DEFINE_bool("side_by_side", False, "Also write the picture beside its edit.")
 _TEXT_TOKENS = flags.DEFINE_integer("text_tokens", 512, "T5 tokens (FLUX.1 Kontext).", lower_bound=1, upper_bound=512)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the transformer.")
+_QUANTIZE = flags.DEFINE_string(
+    "quantize", "", "Transformer in 8 bits: int8 (any device), int8_weights (memory only), fp8 (GPUs that have it)."
+)
 _VAE_TILE = flags.DEFINE_integer("vae_tile", 0, "Decode in tiles of so many pixels to save memory; 0: exactly.")
 flags.mark_flags_as_required(["model", "out"])
 
@@ -116,6 +121,7 @@ def main(argv: list[str]) -> None:
         dtype=_DTYPE.value,
         guidance=_GUIDANCE.value,
         vae_tile=_VAE_TILE.value or None,
+        quantize=_QUANTIZE.value,
     )
     with progress(len(requests), "edit", "picture") as bar:
         edit_all(

@@ -28,6 +28,7 @@ _MAX_BATCH = flags.DEFINE_integer("max_batch", 16, "Requests computed at once.",
 _MAX_WAIT = flags.DEFINE_float("max_wait_ms", 10.0, "Milliseconds that a batch waits to fill.", lower_bound=0.0)
 _BATCH_TOKENS = flags.DEFINE_integer("max_batch_tokens", 65536, "Tokens of a batch with padding.", lower_bound=1)
 _QUEUE = flags.DEFINE_integer("max_queue", 256, "Requests taken in; one more is answered 429.", lower_bound=1)
+_QUEUE_TOKENS = flags.DEFINE_integer("max_queue_tokens", 2**18, "Tokens that wait; one more: 429.", lower_bound=1)
 _CONNECTIONS = flags.DEFINE_integer("max_connections", 512, "Open connections.", lower_bound=1)
 _BODY = flags.DEFINE_float("max_body_mb", 24.0, "Megabytes (2^20) of a request.", lower_bound=0.001)
 _IMAGE = flags.DEFINE_float("max_image_mb", 12.0, "Megabytes (2^20) of a picture's file.", lower_bound=0.001)
@@ -65,9 +66,12 @@ def main(argv: list[str]) -> None:
             prompt_tokens=_PROMPT_TOKENS.value,
             new_tokens=_NEW_TOKENS.value,
         ),
-        batches=BatchLimits(_MAX_BATCH.value, _MAX_WAIT.value / 1000, _BATCH_TOKENS.value, _QUEUE.value),
+        batches=BatchLimits(
+            _MAX_BATCH.value, _MAX_WAIT.value / 1000, _BATCH_TOKENS.value, _QUEUE.value, _QUEUE_TOKENS.value
+        ),
         body_seconds=_BODY_S.value,
         request_seconds=_REQUEST_S.value,
+        root=_MODEL.value or "fake",
     )
     cycle_seconds = _BODY_S.value + _REQUEST_S.value + 30.0  # and time to send the reply
     connections = ConnectionLimits(_CONNECTIONS.value, _HEAD_S.value, cycle_seconds=cycle_seconds)

@@ -7,7 +7,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cocoedit_jax.errors import UserError
-from launch import command
+from launch import command, distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, with an optional preset: configs/quickstart.py:edit-r1."
@@ -25,14 +25,17 @@ def main(argv: list[str]) -> None:
     if _RESUME.value and not _RUN.value:
         raise UserError("--resume: also needs --run=DIR, the folder of the run to continue")
     config.data.strict |= _STRICT.value
+    from cocoedit_jax.sharding import processes
     from cocoedit_jax.train.loop import train
     from cocoedit_jax.train.run_folder import check_claim
     from cocoedit_jax.train.setup import build
 
-    run_dir = Path(_RUN.value or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    check_claim(run_dir, config, _RESUME.value)
-    result = train(build(config), run_dir, resume=_RESUME.value)
-    if result:
+    with processes.together():
+        new = f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = Path(_RUN.value or processes.from_first("run folder", lambda: new))
+        processes.from_first("check run folder", lambda: check_claim(run_dir, config, _RESUME.value))
+        result = train(build(config), run_dir, resume=_RESUME.value)
+    if result and processes.is_first():
         for name, before in result["base"].items():
             after, change = result["trained"][name], result["difference"][name]
             print(
@@ -43,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, setup=distributed.initialize)

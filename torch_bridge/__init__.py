@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from cocoedit_jax.errors import UserError
+from torch_bridge.torchvision_ops import repair_torchvision
 
 
 def require_torch(*packages: str) -> ModuleType:
@@ -15,7 +16,9 @@ def require_torch(*packages: str) -> ModuleType:
     missing = []
     for name in ("torch", *packages):
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(name)
+            if name == "torch":
+                repair_torchvision(module)
         except ModuleNotFoundError as error:
             # A package that is there but lacks one of its own parts is another fault, and is shown as it is.
             if error.name != name.partition(".")[0]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,10 @@ CONFIGS = {
 }
 _INSTALL = (
     "install it with: pip install 'cocoedit-jax[sam2]'; where that fetches a second PyTorch or fails to build, with:"
-    " SAM2_BUILD_CUDA=0 pip install --no-deps --no-build-isolation 'sam2>=1.1,<2' && pip install --no-deps"
-    " 'torchvision>=0.28,<0.29' && pip install 'hydra-core>=1.3.2' 'iopath>=0.1.10'; or use"
-    " --config.mask.segmenter=sam2-transformers, which needs neither"
+    " pip install 'torch>=2.13,<2.14' setuptools && pip install --no-deps 'torchvision>=0.28,<0.29' &&"
+    " SAM2_BUILD_CUDA=0 pip install --no-deps --no-build-isolation 'sam2>=1.1,<2' &&"
+    " pip install 'hydra-core>=1.3.2' 'iopath>=0.1.10'; or use --config.mask.segmenter=sam2-transformers, which needs"
+    " none of them"
 )
 # ImageNet statistics, as SAM 2 was trained with.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -92,7 +91,6 @@ class TransformersSam2Segmenter:
         self._torch = require_torch("transformers")
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"segmenter sam2-transformers: dtype {dtype!r}, expected float32 or bfloat16")
-        repair_torchvision(self._torch)
         from transformers import Sam2Model
 
         folder = resolve_model(model)
@@ -135,36 +133,12 @@ def _resized(torch: Any, tensor: Any, size: tuple[int, int], *, antialias: bool)
 
 def import_sam2() -> tuple[Any, Any]:
     """``build_sam2`` and ``SAM2ImagePredictor``. Raises UserError, with the steps to install what is missing."""
-    torch = require_torch()
+    require_torch()
     for name in ("torchvision", "hydra", "iopath", "sam2"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"segmenter sam2: the package {name} is missing; {_INSTALL}")
-    repair_torchvision(torch)
     try:
         build = importlib.import_module("sam2.build_sam").build_sam2
         return build, importlib.import_module("sam2.sam2_image_predictor").SAM2ImagePredictor
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError(f"segmenter sam2: cannot be imported ({error}); {_INSTALL}") from error
-
-
-_ops: list[Any] = []  # a torch.library.Library withdraws its operators when it is garbage collected
-
-
-def repair_torchvision(torch: Any) -> None:
-    """Beside a PyTorch for CPUs, the package index's torchvision (built for CUDA) cannot load its operators, and its
-    import stops because two of them are not declared. SAM 2's predictor uses neither: declaring them is enough.
-    """
-    if _ops or "torchvision" in sys.modules:
-        return
-    spec = importlib.util.find_spec("torchvision")
-    places = (spec.submodule_search_locations if spec is not None else None) or []
-    for library in (path for place in places for path in Path(place).glob("_C*.so")):
-        try:
-            torch.ops.load_library(os.fspath(library))
-        except OSError:
-            declared = torch.library.Library("torchvision", "DEF")
-            arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            for name in ("nms", "qnms"):
-                declared.define(name + arguments)
-            _ops.append(declared)
-            return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from cocoedit_jax.annotation import boxes
 from cocoedit_jax.annotation.engine import box_probe, named_convention, plan
 from cocoedit_jax.annotation.stages import MODEL_STAGES, QUESTIONS, STAGES, Rules, pending_at
 from cocoedit_jax.annotation.store import Store, write_whole
-from cocoedit_jax.annotation.work import Tally, prepare, request_id, settle
+from cocoedit_jax.annotation.work import Tally, give_up, prepare, request_id, settle, without_logprobs
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.chat_protocol import (
@@ -22,6 +23,7 @@ from cocoedit_jax.rewards.chat_protocol import (
     ChatRequest,
     Failure,
     Garbled,
+    explain_status,
     parse_completion,
     shown,
 )
@@ -52,19 +54,23 @@ def emit(store: Store, rules: Rules, stage: str, numbers: Sequence[int]) -> list
     folder.mkdir(exist_ok=True)
     prefix = f"{stage}-{numbers[0] if numbers else 0:06d}"
     for old in folder.glob(f"{prefix}-*.jsonl"):
-        old.unlink()
-    mark = fingerprint(rules)
+        if re.fullmatch(r"\d{5}", old.stem.removeprefix(f"{prefix}-")):  # replies may lie beside, under names like it
+            old.unlink()
+    mark, limits = fingerprint(rules), rules.settings.engine
     files: list[Path] = []
     lines: list[bytes] = []
+    held = 0
     if stage == "box" and rules.settings.box.probe:
         lines.append(_line(f"{_PROBE}|{mark}", box_probe(rules.settings, rules.prompts), rules))
     probes = len(lines)
 
     def flush() -> None:
+        nonlocal held
         path = folder / f"{prefix}-{len(files):05d}.jsonl"
         write_whole(path, b"".join(lines))
         files.append(path)
         lines.clear()
+        held = 0
 
     for number in progress(numbers, desc=f"emit {stage}", unit="shard"):
         annotations = store.read(number)
@@ -77,8 +83,12 @@ def emit(store: Store, rules: Rules, stage: str, numbers: Sequence[int]) -> list
             by_id = {annotation.item.id: annotation for annotation in changed}
             store.write(number, [by_id.get(annotation.item.id, annotation) for annotation in annotations])
         for name, request in requests.items():
-            lines.append(_line(f"{name}|{mark}", request, rules))
-            if len(lines) >= rules.settings.engine.batch_requests:
+            line = _line(f"{name}|{mark}", request, rules)
+            if lines and held + len(line) > limits.batch_mib * 2**20:
+                flush()
+            lines.append(line)
+            held += len(line)
+            if len(lines) >= limits.batch_requests:
                 flush()
     waiting = {name: count for name, count in behind.items() if count}
     if waiting:
@@ -116,7 +126,9 @@ def _line(custom_id: str, request: ChatRequest, rules: Rules) -> bytes:
 
 def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[int]) -> Tally:
     """Takes the records on by the replies in `paths` (all of one stage). Records whose replies are missing or failed
-    stay where they are, to be emitted again. The same files may be given twice; nothing happens then.
+    stay where they are, to be emitted again; of requests that were refused as they are, only if these are more than the
+    share `models.max_unanswered` of the replies: few are dead letters. The same files may be given twice; nothing
+    happens then.
 
     Raises:
         UserError: a file that is no batch output, of more than one stage, made with other settings, or whose answer
@@ -143,8 +155,10 @@ def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[
         boxes.settle_convention(
             rules.convention, rules.settings.models.name, test.text or "", rules.settings.models.cell
         )
-    if stage == "score" and replies and all(reply.ok and reply.logprobs is None for reply in replies.values()):
+    if stage == "score" and without_logprobs(replies.values()):
         raise UserError("--accept_batch: the replies have no log-probabilities, which scores are made of")
+    refused = [reply.failure for reply in replies.values() if reply.failure is not None and reply.failure.fatal]
+    bury = len(refused) <= rules.settings.models.max_unanswered * len(replies)
     total = Tally()
     for number in progress(numbers, desc=f"accept {stage}", unit="shard"):
         annotations = store.read(number)
@@ -158,6 +172,9 @@ def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[
         by_id = {annotation.item.id: annotation for annotation in after}
         store.write(number, [by_id.get(annotation.item.id, annotation) for annotation in annotations])
         total.add(tally)
+        if refused and bury:
+            buried = give_up(store, number, stage, ("refused_request",))
+            total.done, total.unanswered = total.done + buried, total.unanswered - buried
     return total
 
 
@@ -182,12 +199,16 @@ def _reply(path: Path, number: int, line: Any) -> tuple[str, ChatReply]:
         raise UserError(f"{path} line {number}: no response; is this the file of requests instead of the replies?")
     if not isinstance(response, dict):
         return name, ChatReply(name, failure=Failure("attempts", f"no reply: {shown(json.dumps(line.get('error')))}"))
-    status, body = response.get("status_code", 200), json.dumps(response.get("body")).encode()
+    status, body = response.get("status_code", 200), response.get("body")
+    if not isinstance(status, int):
+        raise UserError(f"{path} line {number}: status_code {status!r}, expected a number as 200")
     if status != 200:
         fatal = status not in RETRY_STATUS and status < 500
+        said = line.get("error") if body is None else body  # vllm run-batch tells it beside the response
+        message = explain_status(status, json.dumps(said).encode())
         reason = FATAL_STATUS.get(status, f"status_{status}")
-        return name, ChatReply(name, failure=Failure(reason, shown(body), fatal=fatal))
+        return name, ChatReply(name, failure=Failure(reason, message, fatal=fatal))
     try:
-        return name, ChatReply(name, **parse_completion(body))
+        return name, ChatReply(name, **parse_completion(json.dumps(body).encode()))
     except Garbled as error:
         return name, ChatReply(name, failure=Failure("attempts", str(error), "garbled"))

@@ -72,6 +72,7 @@ class FakeModel:
         value = 3 + 1.999 * share
         low = int(value)
         p = {str(low): 0.98 * (low + 1 - value), str(low + 1): 0.98 * (value - low), "none": 0.02}
+        p |= dict.fromkeys("ABC", 0.0)  # a server lists 20; fewer than there are digits are no distribution
         ranked = sorted(p.items(), key=lambda entry: -entry[1])
         candidates = tuple(TokenLogprob(token, math.log(max(q, 1e-9))) for token, q in ranked)
         return ChatReply(request_id, candidates[0].token, (candidates,), "length")

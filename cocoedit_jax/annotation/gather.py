@@ -17,7 +17,7 @@ from cocoedit_jax.annotation.record import DEAD, REJECTED, SCORES, Annotation, t
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.stages import STAGES, final_prompt, read_fingerprint
 from cocoedit_jax.annotation.store import IMAGES, Store, file_stem
-from cocoedit_jax.data.duplicates import THRESHOLD, find_duplicates, same_picture
+from cocoedit_jax.data.duplicates import find_duplicates, same_picture
 from cocoedit_jax.data.prepare import place_file
 from cocoedit_jax.data.records import METADATA
 from cocoedit_jax.errors import UserError
@@ -127,9 +127,11 @@ def _find_repeats(store: Store, settings: Settings) -> _Repeats:
                 quality.append(sum(score or 0.0 for score in chosen.scores.values()))
     if not ids:
         return _Repeats({}, {})
-    threshold = None if mode == "exact" else THRESHOLD
-    found = [] if mode == "keep" else find_duplicates(prints, prompts, threshold=threshold, quality=quality)
-    first = same_picture(prints, threshold)
+    bits, colour = None if mode == "exact" else settings.filter.near_bits, settings.filter.near_colour
+    found = [] if mode == "keep" else find_duplicates(
+        prints, prompts, threshold=bits, max_colour=colour, quality=quality
+    )  # fmt: skip
+    first = same_picture(prints, bits, colour)
     several = {root for index, root in enumerate(first) if prints[index].sha256 != prints[root].sha256}
     looks = {ids[i]: prints[root].sha256 for i, root in enumerate(first) if root in several}
     return _Repeats({ids[repeat.index]: ids[repeat.of] for repeat in found}, looks)
@@ -181,7 +183,7 @@ def _place_image(store: Store, annotation: Annotation, settings: Settings) -> st
     name = f"{IMAGES}/{file_stem(str(source))}{source.suffix.lower()}"
     target = store.root / name
     try:
-        if target.exists() and target.stat().st_size == source.stat().st_size:
+        if target.exists() and (not source.exists() or target.stat().st_size == source.stat().st_size):
             return name
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         draft.unlink(missing_ok=True)

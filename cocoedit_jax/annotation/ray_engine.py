@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cocoedit_jax.annotation.engine import make_worker, settle_unanswered, stop_if_silent
+from cocoedit_jax.annotation.segmenters import WITHOUT_GPU
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.stages import STAGES
 from cocoedit_jax.annotation.store import Store
@@ -43,11 +44,31 @@ class StageActor:
         return {"shard": batch["shard"], "tallies": tallies}
 
 
+def shares(settings: Settings, resources: Mapping[str, float]) -> tuple[float, float]:
+    """CPUs of a worker and GPUs of a mask worker, in a cluster with `resources` ("CPU", "GPU") in all. The workers of
+    all stages exist at once: what they reserve must be there, or Ray waits for it without end and without a word.
+
+    Raises:
+        UserError: no GPU for a segmenter that shall have one.
+    """
+    options = settings.engine.ray
+    workers = options["workers"] * (len(STAGES) - 1) + options["mask_workers"]
+    cpus = min(float(options["cpus"]), resources.get("CPU", 0.0) / (2 * workers))  # half is for Ray's own tasks
+    gpus = 0.0 if settings.mask.segmenter in WITHOUT_GPU else float(options["mask_gpus"])
+    needed, there = gpus * options["mask_workers"], resources.get("GPU", 0.0)
+    if needed > there:
+        raise UserError(
+            f"--engine=ray: {options['mask_workers']} mask workers want {needed:g} GPUs, the cluster has {there:g}; set"
+            " --config.engine.ray.mask_gpus (0: on CPUs; 0.5: two on one GPU) or mask_workers"
+        )
+    return cpus, gpus
+
+
 def run_ray(root: Path, settings: Settings, convention: str, numbers: Sequence[int]) -> None:
     """As `engine.run_stages`, on the cluster that `RAY_ADDRESS` names, or on this machine.
 
     Raises:
-        UserError: Ray is missing, too many requests without an answer, or what a worker raised.
+        UserError: Ray is missing, GPUs are, too many requests without an answer, or what a worker raised.
     """
     try:
         ray = importlib.import_module("ray")
@@ -59,6 +80,7 @@ def run_ray(root: Path, settings: Settings, convention: str, numbers: Sequence[i
     options, limit = settings.engine.ray, settings.models.max_unanswered
     if not ray.is_initialized():
         ray.init(ignore_reinit_error=True, log_to_driver=False)
+    cpus, mask_gpus = shares(settings, ray.cluster_resources())
     rows = [{"shard": number, "tallies": "{}"} for number in numbers]
     flow = data.from_items(rows, override_num_blocks=len(rows))
     for stage in STAGES:
@@ -68,8 +90,8 @@ def run_ray(root: Path, settings: Settings, convention: str, numbers: Sequence[i
             fn_constructor_args=(str(root.resolve()), settings, convention, stage),
             batch_size=1,
             compute=data.ActorPoolStrategy(size=int(options["mask_workers"] if mask else options["workers"])),
-            num_cpus=options["cpus"],
-            num_gpus=(options["mask_gpus"] or None) if mask else None,
+            num_cpus=cpus,
+            num_gpus=(mask_gpus or None) if mask else None,
         )
     tallies = {stage: Tally() for stage in STAGES}
     faults: list[str] = []

@@ -45,6 +45,9 @@ def annotate(
     prompts = load_prompts(settings.models.prompts)
     if refilter:
         return _gather_or_tell(Store.open(output), settings, part)
+    if source is not None and output.resolve().is_relative_to(Path(source).resolve()):
+        if prompt is not None or not any((Path(source) / name).is_file() for name in (plain.PROMPTS, METADATA)):
+            raise UserError(f"--output={output}: lies in --input, whose pictures it would add to; give another place")
     items = None if source is None else find_items(source, prompt)
     plan = engine.plan(settings, prompts)
     store = None

@@ -70,6 +70,9 @@ SEGMENTERS: dict[str, Any] = {
 }
 
 
+WITHOUT_GPU = ("box", "random-walker")
+
+
 def make_segmenter(name: str, options: Mapping[str, Any]) -> Segmenter:
     """The segmenter `name`, built with `options`; `MODULE:CLASS` takes one that is not listed.
 

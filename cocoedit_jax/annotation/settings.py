@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from cocoedit_jax.annotation.boxes import CONVENTIONS
+from cocoedit_jax.data.duplicates import MAX_THRESHOLD
 from cocoedit_jax.errors import UserError
 
 
@@ -80,6 +81,8 @@ class FilterSettings:
     min_box_iou: float
     max_border: float
     duplicates: str
+    near_bits: int
+    near_colour: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class EngineSettings:
     in_flight: int
     images: str
     batch_requests: int
+    batch_mib: float
     ray: dict
 
 
@@ -119,7 +123,9 @@ _BOUNDS = {
     "classify.max_tokens": (1, 4096), "box.min_side": (1, 4096), "box.max_boxes": (1, 100),
     "box.max_tokens": (1, 4096), "mask.min_piece": _SHARE, "rewrite.max_words": (1, 1000),
     "rewrite.max_tokens": (1, 4096), "score.min_mass": _SHARE, "filter.max_components": (1, math.inf),
+    "filter.near_bits": (0, MAX_THRESHOLD), "filter.near_colour": (0.0, 255.0),
     "engine.shard_size": (1, 100_000), "engine.in_flight": (1, 64), "engine.batch_requests": (1, math.inf),
+    "engine.batch_mib": (0.001, math.inf),
 }  # fmt: skip
 _RAY = {"workers": (1, math.inf), "cpus": (0.0, math.inf), "mask_workers": (1, math.inf), "mask_gpus": (0.0, math.inf)}
 

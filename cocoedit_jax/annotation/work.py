@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -98,7 +98,7 @@ class Worker:
         if stop is not None:
             raise UserError(f"{stage}: {stop}")
         by_id = dict(zip(requests, replies, strict=True))
-        if stage == "score" and replies and all(r.ok and r.logprobs is None for r in replies):
+        if stage == "score" and without_logprobs(replies):
             raise UserError(
                 "score: the server sends no log-probabilities (transformers serve leaves them out silently); scores are"
                 " expectations over them: use vLLM or python -m launch.serve_judge"
@@ -169,11 +169,17 @@ def settle(
     return after, tally
 
 
-def give_up(store: Store, number: int, stage: str) -> int:
-    """Makes dead letters of what stayed without an answer in `stage`; returns how many."""
+def without_logprobs(replies: Iterable[ChatReply]) -> bool:
+    """Whether there are answers, and none of them has log-probabilities: a fault of the server, not of the records."""
+    answers = [reply for reply in replies if reply.ok]
+    return bool(answers) and all(reply.logprobs is None for reply in answers)
+
+
+def give_up(store: Store, number: int, stage: str, reasons: Sequence[str] = ("no_reply", "refused_request")) -> int:
+    """Makes dead letters of what stayed without an answer in `stage` for one of `reasons`; returns how many."""
 
     def bury(annotation: Annotation) -> Annotation:
-        if pending_at(annotation, stage) and annotation.reason is not None:
+        if pending_at(annotation, stage) and annotation.reason is not None and annotation.reason in reasons:
             return annotation.dead(annotation.reason, annotation.detail)
         return annotation
 

@@ -1,7 +1,7 @@
 """Which pictures are the same: byte by byte, or to the eye.
 
 To the eye means: the 64-bit difference hashes (dHash) of two pictures differ in at most `threshold` bits, and their
-thumbnails of 8 x 8 pixels differ by at most `MAX_COLOUR` in the mean. The hash finds what was scaled or compressed
+thumbnails of 8 x 8 pixels differ by at most `max_colour` in the mean. The hash finds what was scaled or compressed
 again; it sees brightness only, and says nothing of plain surfaces, which is what the thumbnails are for.
 
 dHash: the picture in grey, scaled to 9 x 8 pixels; a bit for each pair of horizontal neighbours, set where the left one
@@ -23,6 +23,7 @@ from cocoedit_jax.data.images import DataFault, ImageFile, load_image
 from cocoedit_jax.errors import UserError
 
 THRESHOLD = 4  # bits of 64
+MAX_THRESHOLD = 16  # beyond it pictures agree that have nothing in common
 MAX_COLOUR = 12.0  # of 255, mean over 8 x 8 pixels and three channels
 _BITS = 64
 _PAIRS_AT_ONCE = 2**22
@@ -68,15 +69,17 @@ def fingerprints(
         return list(pool.map(one, files))
 
 
-def same_picture(prints: Sequence[Fingerprint | None], threshold: int | None = THRESHOLD) -> list[int]:
+def same_picture(
+    prints: Sequence[Fingerprint | None], threshold: int | None = THRESHOLD, max_colour: float = MAX_COLOUR
+) -> list[int]:
     """For each picture the index of the first one that is the same: its own for the first, and where there is none.
 
     What is the same as the same picture is the same too. threshold: bits by which hashes may differ, 0 to 16; None
     compares files byte by byte only. Work grows with the number of pairs that agree in one of threshold + 1 parts of
     the hash; every pair within the threshold is among them.
     """
-    if threshold is not None and not 0 <= threshold <= 16:
-        raise UserError(f"threshold: {threshold} bits, expected 0 to 16 of the 64 that a difference hash has")
+    if threshold is not None and not 0 <= threshold <= MAX_THRESHOLD:
+        raise UserError(f"threshold: {threshold} bits, expected 0 to {MAX_THRESHOLD} of the 64 of a difference hash")
     first = list(range(len(prints)))
 
     def root(index: int) -> int:
@@ -99,7 +102,7 @@ def same_picture(prints: Sequence[Fingerprint | None], threshold: int | None = T
         hashes = np.array([found.dhash for found in known], np.uint64)
         thumbnails = np.stack([found.thumbnail for found in known]).reshape(len(known), -1).astype(np.int16)
         for a, b in _near(hashes, threshold):
-            close = np.abs(thumbnails[a] - thumbnails[b]).mean(axis=1) <= MAX_COLOUR
+            close = np.abs(thumbnails[a] - thumbnails[b]).mean(axis=1) <= max_colour
             for i, j in zip(a[close], b[close], strict=True):
                 join(distinct[i], distinct[j])
     return [root(index) for index in range(len(prints))]
@@ -142,6 +145,7 @@ def find_duplicates(
     prompts: Sequence[str],
     *,
     threshold: int | None = THRESHOLD,
+    max_colour: float = MAX_COLOUR,
     quality: Sequence[float] | None = None,
 ) -> list[Duplicate]:
     """The entries to leave out, so that every (picture, instruction) is there once; in order.
@@ -151,7 +155,8 @@ def find_duplicates(
     side of a split (`records.split_records`).
     """
     groups: dict[tuple[int, str], list[int]] = {}
-    for index, (picture, prompt) in enumerate(zip(same_picture(prints, threshold), prompts, strict=True)):
+    pictures = same_picture(prints, threshold, max_colour)
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         groups.setdefault((picture, normalized(prompt)), []).append(index)
     found = []
     for members in groups.values():

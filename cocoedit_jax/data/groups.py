@@ -13,7 +13,7 @@ import numpy as np
 
 from cocoedit_jax.errors import UserError
 
-_RESERVE, _ORDER = 1, 2  # separate random streams
+_RESERVE, _ORDER, _REFILL = 1, 2, 3  # separate random streams
 
 
 def groups_for_step(
@@ -70,6 +70,30 @@ def groups_for_step(
     return np.asarray(chosen, np.int64)
 
 
+def refill_groups(
+    seed: int,
+    step: int,
+    round_number: int,
+    num_groups: int,
+    num_records: int,
+    taken: np.ndarray,
+    banned: Collection[int] = (),
+    buckets: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Record indices int64 [at most num_groups] that stand in for groups of step `step` (from 0) that were dropped.
+
+    Random ones that are neither banned nor in `taken`, the records that the step has had, and of their bucket; fewer
+    where fewer are left. They come from outside the step's positions in the stream, which goes on as without them.
+    """
+    free = np.ones(num_records, bool)
+    free[np.asarray(sorted(banned), np.int64)] = False
+    if buckets is not None:
+        free &= np.asarray(buckets) == buckets[int(taken[0])]
+    free[taken] = False
+    rng = np.random.default_rng([seed, step, _REFILL, round_number])
+    return rng.permutation(np.flatnonzero(free))[:num_groups]
+
+
 def _bucket_of_step(
     seed: int, step: int, num_groups: int, buckets: np.ndarray, blocked: np.ndarray
 ) -> tuple[np.ndarray, int]:
@@ -95,6 +119,14 @@ class SamplePlan:
 
     def __len__(self) -> int:
         return len(self.record)
+
+    @property
+    def records(self) -> np.ndarray:
+        """The record of every group [G]."""
+        return self.record[np.unique(self.group, return_index=True)[1]]
+
+    def take(self, rows: np.ndarray) -> SamplePlan:
+        return SamplePlan(self.record[rows], self.group[rows], self.sample[rows])
 
 
 def plan_samples(records: np.ndarray, group_size: int) -> SamplePlan:

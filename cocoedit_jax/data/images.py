@@ -184,7 +184,7 @@ def _opened(path: ImageFile, role: str) -> Iterator[Image.Image]:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits: 16-bit gray is scaled, transparency put on white."""
+    """Three channels of 8 bits: gray of 16 bits, or of floats in [0, 1], is scaled, transparency put on white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _as_gray(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -197,7 +197,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 def _as_gray(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, np.float64)  # Pillow would clip 16-bit values at 255
-        scale = 257.0 if values.max(initial=0.0) > 255 else 1.0
+        highest = values.max(initial=0.0)
+        scale = 1 / 255 if image.mode == "F" and highest <= 1 else 257.0 if highest > 255 else 1.0
         return Image.fromarray(np.clip(np.rint(values / scale), 0, 255).astype(np.uint8))
     return image.convert("L")
 

@@ -35,19 +35,22 @@ class RecordSource:
             image, edit_mask, _ = load_pair(*record.files(), self._framing, record.bucket)
         except DataFault as fault:
             raise UserError(f"record {record.id!r} (line {record.line}): {fault.kind}: {fault}") from fault
-        return {
-            "image": image,
-            "edit_mask": edit_mask,
-            "image_name": record.image_name,
-            "prompt": record.prompt,
-            "id": record.id,
-            "edit_type": record.edit_type,
-            "extra": record.extra,
-            "index": number,
-        }
+        return {"image": image, "edit_mask": edit_mask} | describe(record, number)
 
     def __repr__(self) -> str:
         return f"RecordSource({len(self._records)} records, {self._framing})"
+
+
+def describe(record: Record, number: int) -> dict[str, Any]:
+    """What is known of record `number` without reading its files: the other fields of a `RecordSource` item."""
+    return {
+        "image_name": record.image_name,
+        "prompt": record.prompt,
+        "id": record.id,
+        "edit_type": record.edit_type,
+        "extra": record.extra,
+        "index": number,
+    }
 
 
 def record_dataset(records: Sequence[Record], framing: Framing) -> grain.MapDataset:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from cocoedit_jax.errors import UserError
@@ -22,6 +23,8 @@ from cocoedit_jax.flow.solvers import sample
 from cocoedit_jax.inference.requests import EditRequest, open_picture
 from cocoedit_jax.models.editor import Editor, Size
 from cocoedit_jax.models.text import Instruction
+from cocoedit_jax.sharding.mesh import SAMPLE_AXES, sample_shards
+from cocoedit_jax.sharding.rules import manual_specs
 
 Sizes = tuple[Size, tuple[Size, ...]]  # of the edit, and of its pictures as the model sees them
 
@@ -36,7 +39,8 @@ class EditOptions:
         size: of the edit; None: about a megapixel with the picture's aspect ratio (``Editor.edit_size``).
         source: size at which the model sees a picture: ``preferred`` (as the model's pipeline chooses it), ``target``
             (the size of the edit, as in training) or ``own`` (cut to what the model takes).
-        batch_size: most edits sampled at once; they have one size.
+        batch_size: most edits sampled at once, rounded up to a multiple of the devices that share them; they have one
+            size.
         true_cfg: strength of classifier-free guidance away from ``negative``; 1: none, at half the cost.
         negative: the prompt that guidance leads away from.
     """
@@ -60,13 +64,47 @@ class EditOptions:
         return target, tuple((cut(height), cut(width)) for height, width in pictures)
 
 
+def _mesh_of(params: Any) -> Mesh | None:
+    """The mesh that the transformer's parameters are placed on; None: one device."""
+    leaves = jax.tree.leaves(params["transformer"])
+    shardings = [x.sharding for x in leaves if isinstance(x.sharding, NamedSharding)]
+    return shardings[0].mesh if shardings and shardings[0].mesh.size > 1 else None  # pyright: ignore
+
+
 class PictureEditor:
-    """Compiled sampling for each set of sizes. ``adapter`` has its scale folded in, or is None."""
+    """Compiled sampling for each set of sizes. ``adapter`` has its scale folded in, or is None.
+
+    Edits are split over the axes of samples of the mesh that ``params`` are on, as in training: every device encodes,
+    samples and decodes its own, and fetches the shards of a layer's weights when it runs.
+
+    Attributes:
+        shards: into how many shares a batch of edits is split.
+        batch_size: of the options, rounded up to a multiple of ``shards``.
+    """
 
     def __init__(self, editor: Editor, params: Any, adapter: Any, options: EditOptions):
         self.editor, self.options = editor, options
-        self._params, self._adapter = params, adapter
+        self._params, self._adapter, self._mesh = params, adapter, _mesh_of(params)
+        self.shards = sample_shards(self._mesh) if self._mesh else 1
+        self.batch_size = self._whole(options.batch_size)
         self._programs: dict[Sizes, Callable[..., jax.Array]] = {}
+
+    def _whole(self, count: int) -> int:
+        return -(-count // self.shards) * self.shards
+
+    def _split(self, run: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        if self._mesh is None:
+            return run
+        network = manual_specs(self.editor.network(self.editor.abstract()), self._mesh)
+        everywhere, samples = PartitionSpec(), PartitionSpec(SAMPLE_AXES)
+        return jax.shard_map(
+            run,
+            mesh=self._mesh,
+            in_specs=({name: network.get(name, everywhere) for name in self._params}, everywhere, *[samples] * 4),
+            out_specs=samples,
+            axis_names=frozenset(SAMPLE_AXES),
+            check_vma=False,
+        )
 
     def _program(self, target: Size, sources: tuple[Size, ...]) -> Callable[..., jax.Array]:
         if (target, sources) not in self._programs:
@@ -89,7 +127,7 @@ class PictureEditor:
 
                 return editor.decode(params, sample(velocity, noise, sigmas, options.solver), grid)
 
-            self._programs[target, sources] = jax.jit(run)
+            self._programs[target, sources] = jax.jit(self._split(run))
         return self._programs[target, sources]
 
     def noise(self, seed: int, target: Size) -> jax.Array:
@@ -120,8 +158,9 @@ class PictureEditor:
         negative = None
         if self.options.true_cfg > 1:
             negative = self.editor.text_inputs([Instruction(self.options.negative, name) for name in names])
-        run = self._program(target, sources)
-        return np.asarray(run(self._params, self._adapter, images, text, negative, noise))
+        rows = np.minimum(np.arange(self._whole(len(prompts))), len(prompts) - 1)  # the last, until all shares are full
+        given = jax.tree.map(lambda x: np.asarray(x)[rows], (images, text, negative, noise))
+        return np.asarray(self._program(target, sources)(self._params, self._adapter, *given))[: len(prompts)]
 
 
 def picture_names(request: EditRequest) -> str:
@@ -154,10 +193,11 @@ def edit_all(
     for request, own in zip(requests, sizes, strict=True):
         groups[editor.options.sizes(editor.editor, own)].append(request)
     for group, members in groups.items():
-        for start in range(0, len(members), editor.options.batch_size):
-            part = members[start : start + editor.options.batch_size]
+        size = min(editor.batch_size, len(members))
+        for start in range(0, len(members), size):
+            part = members[start : start + size]
             # A short last batch repeats its last member, so that every batch has one shape.
-            padded = part + part[-1:] * (min(editor.options.batch_size, len(members)) - len(part))
+            padded = part + part[-1:] * (size - len(part))
             pictures = [[open_picture(image) for image in request.images] for request in padded]
             noise = jnp.stack([editor.noise(request.seed, group[0]) for request in padded])
             prompts, names = [request.prompt for request in padded], [picture_names(request) for request in padded]

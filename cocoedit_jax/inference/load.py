@@ -16,6 +16,7 @@ from cocoedit_jax.models import flux, kontext, lora, lora_files, modulation, orb
 from cocoedit_jax.models.editor import Editor, Size
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.pipeline import BuildOptions
+from cocoedit_jax.models.quantize import check_format
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh, replicated
 from cocoedit_jax.sharding.rules import sharded_shapes
@@ -44,6 +45,7 @@ def load_for_editing(
     dtype: str = "bfloat16",
     guidance: float = 2.5,
     vae_tile: int | None = None,
+    quantize: str = "",
 ) -> tuple[Editor, Any, Any]:
     """The editor, its parameters over all devices, and the folded adapter (None without ``lora_path``).
 
@@ -59,15 +61,17 @@ def load_for_editing(
         lora_scale: strength of the LoRA; 1: as trained.
         lora_alpha: alpha of the LoRA, instead of what its file says or leaves out.
         guidance: embedded guidance scale, for models that have one.
+        quantize: format of the transformer's kernels (``quantize.FORMATS``); empty: ``dtype``.
 
     Raises:
         UserError: a model, LoRA or size that cannot be used.
     """
+    check_format(quantize, "--quantize", jax.devices()[0])
     folder = resolve_model(model)
     kind = model_kind(folder)
     build: Any = kontext.build_kontext if kind == "flux" else qwen_edit.build_qwen_edit
     embedded = {"guidance": guidance} if kind == "flux" else {}
-    built = BuildOptions(dtype=jnp.dtype(dtype), vae_tile=vae_tile)
+    built = BuildOptions(dtype=jnp.dtype(dtype), vae_tile=vae_tile, quantize=quantize)
     editor: Editor = build(folder, PrecomputedText.of({}), built, **embedded)
     sizes = _check(folder, editor, kind, options, pictures)
     file = None if lora_path is None else lora_files.read_lora(Path(lora_path), alpha=lora_alpha, model=kind)

@@ -6,13 +6,13 @@ every device attends to its own samples and heads; a context axis splits the tok
 (``attention_context.py``) fetch what is missing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from cocoedit_jax.models import attention_blocked, attention_context, attention_splash, parallel
 from cocoedit_jax.models.attention_blocked import ATTENTION_NAME
@@ -80,6 +80,15 @@ def select_backend(dtype: Any, head_dim: int) -> str:
     return "xla"
 
 
+def token_axes(mesh: Mesh, backend: str, lengths: Sequence[int]) -> tuple[str, ...]:
+    """The context axis of ``mesh``, where every device can work on its share of each of ``lengths`` (text, images) by
+    itself: whoever is manual in the axes of samples can be manual in this one too. Elsewhere it must stay automatic:
+    the lengths do not divide, or ``backend`` wants whole sequences."""
+    size = mesh.shape[CONTEXT]
+    usable = size > 1 and backend not in BACKENDS and not any(length % size for length in lengths)
+    return (CONTEXT,) if usable else ()
+
+
 def _local(backend: str, q: Array) -> Backend:
     return BACKENDS[backend if backend in BACKENDS else select_backend(q.dtype, q.shape[-1])]
 
@@ -87,7 +96,11 @@ def _local(backend: str, q: Array) -> Backend:
 def _context_backend(backend: str, heads: int) -> str | None:
     """Which of ``CONTEXT_BACKENDS`` to use for ``heads`` on each device; None: every device has whole sequences."""
     size = parallel.context_size()
-    if size == 1 or backend in BACKENDS:
+    if size == 1:
+        return None
+    if backend in BACKENDS:
+        if parallel.tokens_are_shares():
+            raise ValueError(f"attention backend {backend!r} on shares of tokens; expected one of {CONTEXT_BACKENDS}")
         return None
     if backend == "auto":
         return "ring" if heads % size else "ulysses"
@@ -101,7 +114,7 @@ def _sharded(q: Array, k: Array, v: Array, key_mask: Array | None, backend: str)
     by_context = _context_backend(backend, q.shape[2] // parallel.shards(heads))
     local = _local(backend, q)
     length = q.shape[1]
-    if by_context:
+    if by_context and CONTEXT in axes:  # else the caller has cut the sequence
         if k.shape[1] != length:
             raise ValueError(f"{length} queries and {k.shape[1]} keys on a context axis; expected self-attention")
         padding = -length % parallel.context_size()
@@ -117,7 +130,7 @@ def _sharded(q: Array, k: Array, v: Array, key_mask: Array | None, backend: str)
         return local(q, k, v, key_mask)
 
     # Every axis that can be named is, those of one device too: over the others gradients would be summed.
-    tokens = CONTEXT if by_context or axes.get(CONTEXT) == 1 else None
+    tokens = CONTEXT if CONTEXT in axes and (by_context or axes[CONTEXT] == 1) else None
     spec = PartitionSpec(batch, tokens, heads, None)
     out = jax.shard_map(
         on_one_device,

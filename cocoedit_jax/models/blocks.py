@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from cocoedit_jax.models import quantize
 from cocoedit_jax.models.attention_blocked import ATTENTION_NAME
 from cocoedit_jax.models.layers import (
     LORA,
@@ -19,7 +20,13 @@ from cocoedit_jax.models.layers import (
     layer_norm,
     modulate,
 )
-from cocoedit_jax.models.parallel import constrain_tokens, holds_shards, not_whole_weights
+from cocoedit_jax.models.parallel import (
+    constrain_tokens,
+    holds_shards,
+    not_whole_weights,
+    tokens_are_shares,
+    whole_tokens,
+)
 
 Array = jax.Array
 Rope = tuple[Array, Array]
@@ -33,10 +40,19 @@ def _cudnn_forward(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
+def _float_dots(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Matmul outputs, but for sums of quantised numbers: what is made of those is named, and half as large."""
+    return params.get("preferred_element_type") != jnp.int32 and _policies.dots_with_no_batch_dims_saveable(
+        primitive, *operands, **params
+    )
+
+
 # What the forward pass keeps for the backward pass, which recomputes the rest.
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,  # every activation
-    "dots": _policies.dots_with_no_batch_dims_saveable,  # matmul outputs
+    "dots": _policies.save_from_both_policies(  # matmul outputs
+        _float_dots, _policies.save_only_these_names(quantize.OUTPUT_NAME)
+    ),
     "attention": _policies.save_from_both_policies(  # block inputs, attention outputs and their softmax statistics
         _policies.save_only_these_names(ATTENTION_NAME), _cudnn_forward
     ),
@@ -120,14 +136,17 @@ class DoubleStreamBlock(nn.Module):
         return (x, context), None
 
 
-def output_layer(transformer: nn.Module, x: Array, temb: Array, features: int) -> Array:
-    """Modulated norm of the target tokens and their projection to latents, float32; for use in ``transformer``."""
+def output_layer(transformer: nn.Module, x: Array, temb: Array, features: int, num_target: int) -> Array:
+    """Modulated norm of the first ``num_target`` tokens and their projection to latents, float32; for use in
+    ``transformer``."""
+    if not tokens_are_shares():
+        x = x[:, :num_target]
     dtype: Any = transformer.dtype  # pyright: ignore[reportAttributeAccessIssue]
     # The final layer's order is (scale, shift), unlike the blocks'.
     scale, shift = Modulation(2 * x.shape[-1], dtype=dtype, num_chunks=2, name="norm_out.linear")(temb)
     zeros = nn.initializers.zeros
     project = Linear(features, ("embed", None), dtype=dtype, kernel_init=zeros, name="proj_out")
-    return project(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
+    return whole_tokens(project(modulate(layer_norm(x), shift, scale)).astype(jnp.float32))[:, :num_target]
 
 
 def stack(block: type[nn.Module], length: int, remat: str) -> Any:

@@ -19,8 +19,10 @@ import numpy as np
 
 from cocoedit_jax.flow.packing import pack, unpack
 from cocoedit_jax.flow.schedule import flow_match_sigmas
+from cocoedit_jax.models.attention import token_axes
 from cocoedit_jax.models.autoencoder import Autoencoder
 from cocoedit_jax.models.layers import LORA, MODULATION
+from cocoedit_jax.models.quantize import quantize_params
 from cocoedit_jax.models.text import Instruction, TextSide, TextStates
 
 Array = jax.Array
@@ -89,13 +91,15 @@ class Editor:
     """The parts that editors share; a model's own class adds ``_apply``.
 
     Attributes:
-        transformer: the velocity network: a linen module with ``config`` (a ``TransformerShape``), ``dtype`` and
-            ``init_params(key)``.
+        transformer: the velocity network: a linen module with ``config`` (a ``TransformerShape``), ``dtype``,
+            ``attention_backend`` and ``init_params(key)``; with ``shares_tokens = True`` if it cuts its tokens by
+            ``parallel.share_tokens`` and joins them by ``whole_tokens``.
         autoencoder: pixels <-> latents.
         text: instruction -> states.
         patch: latent cells per token side.
         guidance: embedded guidance scale; None for models without one.
         schedule: keyword arguments of ``flow_match_sigmas``.
+        quantize: format of the transformer's kernels in ``params`` (``quantize.FORMATS``); empty: full precision.
     """
 
     transformer: Any
@@ -104,6 +108,7 @@ class Editor:
     patch: int = 2
     guidance: float | None = None
     schedule: tuple[tuple[str, Any], ...] = ()
+    quantize: str = ""
 
     @property
     def unit(self) -> int:
@@ -158,6 +163,13 @@ class Editor:
         """Those of ``params`` that ``velocity`` reads; the same of ``abstract()``."""
         return {name: params[name] for name in ("transformer", MODULATION) if name in params}
 
+    def token_axes(self, conditioning: Conditioning, grid: Grid, mesh: Any) -> tuple[str, ...]:
+        """Axes of ``mesh`` that ``velocity`` may be manual in beside those of samples (``attention.token_axes``)."""
+        if not getattr(self.transformer, "shares_tokens", False):
+            return ()
+        lengths = conditioning.text.states.shape[-2], grid.tokens + conditioning.source.shape[-2]
+        return token_axes(mesh, self.transformer.attention_backend, lengths)
+
     def velocity(
         self,
         params: Params,
@@ -202,7 +214,7 @@ class Editor:
         """Freshly initialised parameters, with logical axis names boxed into every leaf (``flax.linen.unbox``)."""
         text_key, transformer_key, autoencoder_key = jax.random.split(key, 3)
         return {
-            "transformer": self.transformer.init_params(transformer_key),
+            "transformer": quantize_params(self.transformer.init_params(transformer_key), self.quantize),
             "text": self.text.init(text_key),
             "autoencoder": self.autoencoder.init(autoencoder_key),
         }

@@ -25,7 +25,7 @@ from cocoedit_jax.models.layers import (
     rope_table,
     sinusoidal_embedding,
 )
-from cocoedit_jax.models.parallel import join_streams, split_streams, stream_order
+from cocoedit_jax.models.parallel import join_streams, share_tokens, split_streams, stream_order
 from cocoedit_jax.models.shape import COUNT, FLAG, SIZE, SIZES, Checks, check_rope, exactly, from_diffusers
 
 Array = jax.Array
@@ -145,6 +145,7 @@ class FluxTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention_backend: str = "auto"
+    shares_tokens = True
 
     @nn.compact
     def __call__(
@@ -159,11 +160,12 @@ class FluxTransformer(nn.Module):
     ) -> Array:
         cfg, d = self.config, self.config.hidden
         temb = TimeTextEmbed(cfg, self.dtype, name="time_text_embed")(t, guidance, pooled)
-        x = Linear(d, (None, "embed"), dtype=self.dtype, name="x_embedder")(hidden)
-        context = Linear(d, (None, "embed"), dtype=self.dtype, name="context_embedder")(text)
+        order = stream_order(text.shape[1], hidden.shape[1])
+        rope = rope_table(ids[order], cfg.axes_dims_rope, cfg.theta)
+        given = BlockInputs(temb, tuple(share_tokens(x, axis=0) for x in rope))  # pyright: ignore[reportArgumentType]
+        x = Linear(d, (None, "embed"), dtype=self.dtype, name="x_embedder")(share_tokens(hidden))
+        context = Linear(d, (None, "embed"), dtype=self.dtype, name="context_embedder")(share_tokens(text))
         n_text = context.shape[1]
-        joint_ids = ids[stream_order(n_text, x.shape[1])]
-        given = BlockInputs(temb, rope_table(joint_ids, cfg.axes_dims_rope, cfg.theta))
 
         if cfg.num_layers:
             blocks = stack(DoubleStreamBlock, cfg.num_layers, self.remat)(
@@ -177,7 +179,7 @@ class FluxTransformer(nn.Module):
                 cfg, self.dtype, self.attention_backend, name="single_transformer_blocks"
             )
             x, _ = blocks(x, given)
-        return output_layer(self, split_streams(x, n_text)[1][:, :num_target], temb, cfg.in_channels)
+        return output_layer(self, split_streams(x, n_text)[1], temb, cfg.in_channels, num_target)
 
     def init_params(self, key: Array) -> Any:
         """Fresh parameters, with logical axis names boxed into every leaf."""

@@ -100,6 +100,7 @@ def build_kontext(folder: Path, text: TextSide, options: BuildOptions, *, guidan
         text=text,
         guidance=guidance,
         schedule=read_schedule(folder),
+        quantize=options.quantize,
     )
     check_channels(editor, folder, shape.in_channels)
     return editor

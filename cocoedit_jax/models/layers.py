@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from cocoedit_jax.models import parallel
+from cocoedit_jax.models import parallel, quantize
 from cocoedit_jax.models.attention import attention
 from cocoedit_jax.models.parallel import join_streams, split_streams
 
@@ -31,7 +31,10 @@ def partitioned(init: Any, axes: tuple[str | None, ...]) -> Any:
 
 
 class Linear(nn.Module):
-    """``y = x W + b (+ x A B when an adapter is present)``; the adapter's alpha/rank is folded into B by the caller."""
+    """``y = x W + b (+ x A B when an adapter is present)``; the adapter's alpha/rank is folded into B by the caller.
+
+    The kernel may be quantised (``quantize.Kernel``): the parameters say so, not the module.
+    """
 
     features: int
     axes: tuple[str | None, str | None]
@@ -43,14 +46,22 @@ class Linear(nn.Module):
             return parallel.whole(self.get_variable("params", name), axes, shape)
         return self.param(name, partitioned(init, axes), shape, self.dtype)
 
+    def _product(self, x: Array, axes: tuple[str | None, ...]) -> Array:
+        """``x W``; ``axes``: of the result's features."""
+        shape = (x.shape[-1], self.features)
+        kernel: Any = self.get_variable("params", "kernel")
+        if not quantize.is_kernel(kernel):
+            return x @ self._weight("kernel", self.kernel_init, self.axes, shape).astype(self.dtype)
+        whole = parallel.whole if parallel.holds_shards() else lambda x, *_: x
+        values, scale = whole(kernel.values, self.axes, shape), whole(kernel.scale, axes, shape[1:])
+        return quantize.matmul(x, kernel.replace(values=values, scale=scale))
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self._weight("kernel", self.kernel_init, self.axes, (x.shape[-1], self.features))
-        # A bias is too small to be worth fetching: it is split only as its layer's result is.
-        bias_axes = tuple(None if name == "embed" else name for name in self.axes[1:])
-        bias = self._weight("bias", nn.initializers.zeros, bias_axes, (self.features,))
+        axes = quantize.result_axes(self.axes)
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        y = self._product(x, axes)
+        y = y + self._weight("bias", nn.initializers.zeros, axes, (self.features,)).astype(self.dtype)
         if self.has_variable(LORA, "lora_A"):
             lora_a = self.get_variable(LORA, "lora_A").astype(self.dtype)
             lora_b = self.get_variable(LORA, "lora_B").astype(self.dtype)

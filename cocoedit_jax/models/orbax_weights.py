@@ -20,13 +20,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.models import weights
+from cocoedit_jax.models import quantize, weights
 from cocoedit_jax.models.sharded_weights import (
     assemble,
     layer_path,
     leaf_dtypes,
     load_sharded,
-    sharding_of,
+    shape_of,
     unstacked,
 )
 from cocoedit_jax.reporting import telemetry
@@ -137,14 +137,14 @@ def load_orbax(
     flat = weights.flatten(abstract)
     # {path in the checkpoint: (leaf, layer)}
     homes = {layer_path(s.path, s.layer): (s.path, s.layer) for s in weights.tensor_specs(abstract).values()}
-    parts = weights.flatten(unstacked(jax.tree.map(_shape, abstract)))
+    parts = weights.flatten(unstacked(jax.tree.map(shape_of, abstract, is_leaf=quantize.is_kernel)))
     with _checkpointer(parts) as checkpointer:
         try:
             metadata: Any = checkpointer.metadata(path)
             found = weights.flatten(metadata.item_metadata.tree)
         except Exception as error:  # of many kinds, and None where the arrays' metadata cannot be read
             raise UserError(f"{path}: not a readable Orbax checkpoint ({error})") from error
-        known = parts | weights.flatten(unstacked(jax.tree.map(_shape, skip or {})))
+        known = parts | weights.flatten(unstacked(jax.tree.map(shape_of, skip or {})))
         specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in known.items()}
         problems = weights.misfits(specs, {".".join(p): tuple(x.shape) for p, x in found.items()})
         stored = ((home[0], np.dtype(found[part].dtype)) for part, home in homes.items() if part in found)
@@ -160,10 +160,6 @@ def load_orbax(
 
         total = sum(math.prod(found[p].shape) * np.dtype(found[p].dtype).itemsize for p in parts)
         return assemble(flat, dtypes, arrivals(), total, folder.name)
-
-
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
 
 
 def _batches(sizes: Mapping[tuple[str, ...], int]) -> list[list[tuple[str, ...]]]:

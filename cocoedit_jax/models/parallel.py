@@ -41,7 +41,12 @@ def platform() -> str:
 
 def context_size() -> int:
     """Devices that a sequence is split over."""
-    return automatic_axes().get(CONTEXT, 1)
+    return dict(jax.sharding.get_abstract_mesh().shape).get(CONTEXT, 1)
+
+
+def tokens_are_shares() -> bool:
+    """Whether the context axis is manual: then a transformer works on its device's tokens only (``share_tokens``)."""
+    return context_size() > 1 and CONTEXT not in automatic_axes()
 
 
 def activation_spec(names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
@@ -125,14 +130,13 @@ def not_whole_weights(primitive: Any, *_: Any, **__: Any) -> bool:
 # share of the text, then its share of the image, and nothing is sent.
 
 
-def _parts(num_text: int, num_image: int) -> int:
-    size = context_size()
+def _parts(num_text: int, num_image: int, size: int) -> int:
     return 1 if num_text % size or num_image % size else size
 
 
 def join_streams(text: Array, image: Array) -> Array:
     """``[B, S_text, ...]`` and ``[B, S, ...] -> [B, S_text + S, ...]``, in the order of ``stream_order``."""
-    parts = _parts(text.shape[1], image.shape[1])
+    parts = _parts(text.shape[1], image.shape[1], automatic_axes().get(CONTEXT, 1))
     shares = [x.reshape(x.shape[0], parts, -1, *x.shape[2:]) for x in (text, image)]
     joint = jnp.concatenate(shares, axis=2)
     return joint.reshape(joint.shape[0], -1, *joint.shape[3:])
@@ -140,14 +144,48 @@ def join_streams(text: Array, image: Array) -> Array:
 
 def split_streams(joint: Array, num_text: int) -> tuple[Array, Array]:
     """The inverse of ``join_streams``."""
-    parts = _parts(num_text, joint.shape[1] - num_text)
+    parts = _parts(num_text, joint.shape[1] - num_text, automatic_axes().get(CONTEXT, 1))
     shares = joint.reshape(joint.shape[0], parts, -1, *joint.shape[2:])
     text, image = jnp.split(shares, [num_text // parts], axis=2)
     return tuple(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (text, image))  # pyright: ignore
 
 
 def stream_order(num_text: int, num_image: int) -> np.ndarray:
-    """For each place of the joint sequence, which of [text, image] is there, int ``[S_text + S]``."""
-    parts = _parts(num_text, num_image)
+    """For each place of the joint sequence, which of [text, image] is there, int ``[S_text + S]``; of whole lengths."""
+    parts = _parts(num_text, num_image, context_size())
     text, image = np.split(np.arange(num_text + num_image), [num_text])
     return np.concatenate([text.reshape(parts, -1), image.reshape(parts, -1)], axis=1).reshape(-1)
+
+
+# --- shares of tokens ------------------------------------------------------------------------------------------------
+# Where the context axis is manual, gradients of the adapters by a device's own tokens stay there until they are summed
+# once; an automatic one sums those of every layer whenever they are made.
+
+
+def share_tokens(x: Array, axis: int = 1) -> Array:
+    """This device's share of the tokens along ``axis`` of a whole ``x``, where ``tokens_are_shares``; else ``x``.
+
+    Raises:
+        ValueError: a length that the context axis does not divide.
+    """
+    if not tokens_are_shares():
+        return x
+    size = context_size()
+    if x.shape[axis] % size:
+        raise ValueError(f"{x.shape[axis]} tokens on a context axis of {size}; expected a multiple")
+    length = x.shape[axis] // size
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(CONTEXT) * length, length, axis)
+
+
+def whole_tokens(x: Array) -> Array:
+    """The inverse of ``share_tokens`` along axis 1. Every device goes on with the same tokens, so that the gradient of
+    its own share is complete."""
+    return _gathered(x) if tokens_are_shares() else x
+
+
+@jax.custom_vjp
+def _gathered(x: Array) -> Array:
+    return jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True)
+
+
+_gathered.defvjp(lambda x: (_gathered(x), None), lambda _, gradient: (share_tokens(gradient),))

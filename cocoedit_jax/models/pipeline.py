@@ -57,6 +57,7 @@ class BuildOptions:
         vae_tile: side in pixels of the tiles in which larger pictures are decoded; None decodes exactly.
         remat: name in ``blocks.REMAT_POLICIES``.
         attention_backend: of the transformer.
+        quantize: format of the transformer's kernels (``quantize.FORMATS``); empty: ``dtype``.
     """
 
     dtype: Any = jnp.bfloat16
@@ -64,6 +65,7 @@ class BuildOptions:
     vae_tile: int | None = None
     remat: str = "none"
     attention_backend: str = "auto"
+    quantize: str = ""
 
     @property
     def transformer(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from cocoedit_jax.models.blocks import BlockInputs, DoubleStreamBlock, StreamNames, output_layer, stack
 from cocoedit_jax.models.layers import MODULATION, EmbedMLP, Linear, RMSNorm, rope_table, sinusoidal_embedding
-from cocoedit_jax.models.parallel import join_streams, stream_order
+from cocoedit_jax.models.parallel import join_streams, share_tokens, stream_order
 from cocoedit_jax.models.shape import COUNT, FLAG, SIZE, SIZES, Checks, check_rope, exactly, from_diffusers
 
 Array = jax.Array
@@ -137,6 +137,7 @@ class QwenTransformer(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention_backend: str = "auto"
+    shares_tokens = True
 
     @nn.compact
     def __call__(
@@ -152,23 +153,25 @@ class QwenTransformer(nn.Module):
         else:
             embed = TimeEmbed(d, self.dtype, name="time_text_embed")
             temb = embed(t)
-        x = Linear(d, (None, "embed"), dtype=self.dtype, name="img_in")(hidden)
-        context = RMSNorm(dtype=self.dtype, name="txt_norm")(text.astype(self.dtype))
+        order = stream_order(text.shape[1], hidden.shape[1])
+        rope = rope_table(ids[order], cfg.axes_dims_rope, cfg.theta)
+        x = Linear(d, (None, "embed"), dtype=self.dtype, name="img_in")(share_tokens(hidden))
+        context = RMSNorm(dtype=self.dtype, name="txt_norm")(share_tokens(text).astype(self.dtype))
         context = Linear(d, (None, "embed"), dtype=self.dtype, name="txt_in")(context)
         key_mask = None
         if text_mask is not None:
-            key_mask = join_streams(text_mask, jnp.ones(x.shape[:2], jnp.bool_))
-        joint_ids = ids[stream_order(context.shape[1], x.shape[1])]
-        given = BlockInputs(temb, rope_table(joint_ids, cfg.axes_dims_rope, cfg.theta), key_mask)
+            key_mask = join_streams(share_tokens(text_mask), jnp.ones(x.shape[:2], jnp.bool_))
+        given = BlockInputs(temb, tuple(share_tokens(x, axis=0) for x in rope), key_mask)  # pyright: ignore
         if cfg.zero_cond_t:
-            given = given._replace(source=jnp.arange(x.shape[1]) >= num_target, temb_source=embed(jnp.zeros_like(t)))
+            is_source = share_tokens(jnp.arange(hidden.shape[1]) >= num_target, axis=0)
+            given = given._replace(source=is_source, temb_source=embed(jnp.zeros_like(t)))
         if cfg.num_layers:
             blocks = stack(DoubleStreamBlock, cfg.num_layers, self.remat)(
                 d, cfg.mlp_hidden, cfg.num_attention_heads, IMAGE, TEXT, self.dtype, self.attention_backend,
                 name="transformer_blocks",
             )  # fmt: skip
             (x, _), _ = blocks((x, context), given)
-        velocity = output_layer(self, x[:, :num_target], temb, cfg.in_channels)
+        velocity = output_layer(self, x, temb, cfg.in_channels, num_target)
         return velocity if known is None else jnp.where(known[:, None, None], velocity, jnp.nan)
 
     def init_params(self, key: Array) -> Any:

@@ -108,6 +108,7 @@ def build_qwen_edit(folder: Path, text: TextSide, options: BuildOptions, *, text
         text=text,
         text_mask=text_mask,
         schedule=read_schedule(folder),
+        quantize=options.quantize,
     )
     check_channels(editor, folder, shape.in_channels)
     return editor
@@ -130,18 +131,19 @@ def load_params(folder: Path, editor: QwenEditor, place: Callable[[Any], Any]) -
     Raises:
         UserError: files or tensors that are missing or do not fit, all together.
     """
-    abstract, whole = place(editor.abstract()), place(dataclasses.replace(editor, modulation_sigmas=None).abstract())
-    source, shapes = folder / "transformer", whole["transformer"]
-    rest, part = modulation.split(shapes)
+    abstract = place(editor.abstract())
+    plain = dataclasses.replace(editor, modulation_sigmas=None, quantize="")
+    source, shapes = folder / "transformer", place(plain.abstract())["transformer"]
+    _, part = modulation.split(shapes)
     params = {
         "autoencoder": autoencoder_qwen_weights.load_params(folder / "vae", abstract["autoencoder"]),
         "text": {},
     }
     if editor.modulation_sigmas is None:
-        return params | {"transformer": orbax_weights.load_params(source, shapes)}
+        return params | {"transformer": orbax_weights.load_params(source, abstract["transformer"])}
     levels = jnp.asarray(editor.modulation_sigmas, jnp.float32)
     tables = abstract[MODULATION] | {"sigmas": jax.device_put(levels, abstract[MODULATION]["sigmas"].sharding)}
     return params | {
-        "transformer": orbax_weights.load_params(source, rest, skip=part),
+        "transformer": orbax_weights.load_params(source, abstract["transformer"], skip=part),
         MODULATION: modulation.load_tables(source, editor.transformer, shapes, tables),
     }

@@ -18,19 +18,24 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from cocoedit_jax.models import safetensors_folder, weights
+from cocoedit_jax.models import quantize, safetensors_folder, weights
 from cocoedit_jax.models.safetensors_folder import StoredTensor
 from cocoedit_jax.reporting import telemetry
 
 STORED = "stored"  # a dtype argument: keep what the files hold
 READ_AHEAD = 512 * 2**20  # bytes read and not yet placed; on a CPU, as many again may be placed and not yet copied
 _THREADS = 8
-_BITS = {2: jnp.uint16, 4: jnp.uint32}
+_BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
 def sharding_of(leaf: Any) -> Sharding:
     """The sharding of an array or ShapeDtypeStruct; the first local device where there is none."""
     return getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and placement of an array, a ShapeDtypeStruct or a quantised kernel."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf))
 
 
 def _drop_layers(sharding: Sharding) -> Sharding:
@@ -135,8 +140,9 @@ def load_sharded(
     Args:
         source: a .safetensors file, or a component folder of diffusers or transformers with one file or shards.
         abstract: nested dict of ShapeDtypeStructs or arrays, without partitioning boxes. Their shardings say where the
-            arrays go (NamedSharding or SingleDeviceSharding; none: the first local device).
-        dtype: of all arrays; None takes that of ``abstract``, ``"stored"`` that of the files.
+            arrays go (NamedSharding or SingleDeviceSharding; none: the first local device). A ``quantize.Kernel`` of
+            them is filled layer by layer from what the files hold.
+        dtype: of all arrays that are not quantised; None takes that of ``abstract``, ``"stored"`` that of the files.
         skip: shapes of more parameters, which the source must hold too and which are not read.
         read_ahead: bytes that may be in memory between being read and being placed.
 
@@ -193,28 +199,42 @@ def assemble(
     total: int,
     name: str,
 ) -> dict[str, Any]:
-    """Casts what arrives and puts layers into their stacks, with a progress bar.
+    """Casts or quantises what arrives and puts layers into their stacks, with a progress bar.
 
     Args:
-        flat: {path: ShapeDtypeStruct or array} to fill.
+        flat: {path: ShapeDtypeStruct or array, or Kernel of them} to fill.
         dtypes: what every leaf is cast to.
         arrivals: (path, layer or None, array placed as the leaf or its layer is, bytes read for it), of every leaf.
         total: bytes to read in all.
         name: of the source, for the progress bar.
     """
-    arrays: dict[tuple[str, ...], jax.Array] = {}
+    arrays: dict[tuple[tuple[str, ...], int], jax.Array] = {}  # of every leaf, or part of a quantised kernel
     with telemetry.progress(total, f"load {name}", "B", process_index=jax.process_index(), scale=True) as bar:
         for path, layer, loaded, nbytes in arrivals:
-            empty, place, cast = _programs(tuple(flat[path].shape), dtypes[path], sharding_of(flat[path]))
-            if layer is None:
-                array = loaded if loaded.dtype == dtypes[path] else cast(loaded)
-            else:
-                array = place(arrays[path] if path in arrays else empty(), loaded, np.int32(layer))
-            # Waited for, so that what was read is free before more is.
-            arrays[path] = jax.block_until_ready(array)
+            leaf = flat[path]
+            if quantize.is_kernel(leaf):
+                leaf = jax.tree.map(shape_of, leaf)
+                row = leaf if layer is None else jax.tree.map(lambda x: _take_layer(x, 0), leaf)
+                loaded = quantize.quantize_placed(loaded, row)
+            for number, (target, part) in enumerate(zip(jax.tree.leaves(leaf), jax.tree.leaves(loaded), strict=True)):
+                dtype = dtypes[path] if leaf is target else np.dtype(target.dtype)
+                empty, place, cast = _programs(tuple(target.shape), dtype, sharding_of(target))
+                key = path, number
+                if layer is None:
+                    array = part if part.dtype == dtype else cast(part)
+                else:
+                    array = place(arrays[key] if key in arrays else empty(), part, np.int32(layer))
+                # Waited for, so that what was read is free before more is.
+                arrays[key] = jax.block_until_ready(array)
+                del part
             del loaded
             bar.update(nbytes)
-    return weights.unflatten({path: arrays[path] for path in flat})
+
+    def leaf_of(path: tuple[str, ...]) -> Any:
+        structure = jax.tree.structure(flat[path])
+        return jax.tree.unflatten(structure, [arrays[path, i] for i in range(structure.num_leaves)])
+
+    return weights.unflatten({path: leaf_of(path) for path in flat})
 
 
 def _read_ahead(pieces: list[_Piece], budget: int) -> Iterator[tuple[_Piece, jax.Array]]:

@@ -35,6 +35,7 @@ class ObjectiveInputs(struct.PyTreeNode):
     tau_pos: Array  # [B] hinge of the region to keep
     tau_neg: Array  # [B] hinge of the edit region
     v_ref: Array | None = None  # velocity without adapter; None = no KL term
+    ref_weight: Array | None = None  # [B] times that v_ref counts, 0 where it was not computed (zeros); None = 1
     preserve_latent: Array | None = None  # [B, h, w] 1 = keep; needed when regions are used or r is per token
     token_weight: Array | None = None  # [B, n] weight of each token in the policy term; None = 1
     patch: int = struct.field(pytree_node=False, default=2)  # latent cells per token side
@@ -189,6 +190,8 @@ def nft_objective(inputs: ObjectiveInputs, cfg: NFTConfig) -> ObjectiveOutput:
         terms |= _region_terms(inputs, cfg, positive, negative, _sample_optimality(inputs, r))
     if inputs.v_ref is not None:
         terms["deviation_ref"] = jnp.square(v_theta - inputs.v_ref.astype(jnp.float32)).mean(axis=(1, 2))
+        if inputs.ref_weight is not None:
+            terms["deviation_ref"] *= inputs.ref_weight.astype(jnp.float32)
         terms["kl"] = cfg.kl_weight * terms["deviation_ref"]
     loss = terms["policy"] + terms["ner"] + terms["er"] + terms["bg_neg"] + terms["kl"]
     return ObjectiveOutput(loss=loss, terms=terms)

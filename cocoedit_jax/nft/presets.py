@@ -38,6 +38,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "beta": (1e-6, None),
     "adv_clip": (1e-6, None),
     "kl_weight": (0, None),
+    "kl_fraction": (1e-6, 1),
     "ema_decay": (0, 1),
     "ban_std": (0, None),
     "ban_mean": (None, None),
@@ -75,6 +76,7 @@ class NFTConfig:
     beta: float = 1.0  # guidance between old and trained policy: v+- = v_old +- beta (v_theta - v_old)
     policy_weighting: str = "adaptive"  # adaptive: x0 error over its own mean magnitude; none: plain squared error
     kl_weight: float = 1e-4  # weight of mean|v_theta - v_ref|^2; 0 = the reference policy is never needed
+    kl_fraction: float = 1.0  # share of the (micro-batch, timestep) pairs that get the KL term, 1/kl_fraction fold
 
     # Advantage and optimality r
     adv_clip: float = 5.0  # advantages are clipped to +-adv_clip (units: standard deviations) and mapped to r in [0, 1]
@@ -184,6 +186,11 @@ class NFTConfig:
         """Timesteps trained per sample."""
         available = sampler_steps if self.train_at_pure_noise else max(1, sampler_steps - 1)
         return min(available, max(1, int(sampler_steps * self.timestep_fraction)))
+
+    @property
+    def forwards_without_gradient(self) -> float:
+        """Of old and reference policy, on average for each trained (sample, timestep)."""
+        return (self.old_decay_type != 0) + (self.kl_fraction if self.kl_weight > 0 else 0.0)
 
     @property
     def uses_regions(self) -> bool:

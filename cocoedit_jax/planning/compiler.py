@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 
 import cocoedit_jax
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.planning.chips import Topology
-from cocoedit_jax.planning.hlo import collectives
+from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import write_json
+from cocoedit_jax.sharding.collectives import by_kind, exchanges
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.plan import lower_rollout, lower_step, memory
 
@@ -95,7 +95,11 @@ def phase_key(workload: Workload, candidate: Candidate, topology: str, phase: st
         for unused in ("rollout_batch", "solver"):
             shape.pop(unused)
     given.pop("layout")  # its sizes say it
-    model = {k: v for k, v in workload.config.model.to_dict().items() if k not in ("remat", "attention")}
+    given["quantize"] = candidate.quantize_in(phase)
+    if not given["quantize"]:  # as it was called before there were formats
+        given.pop("quantize")
+    unused = ("remat", "attention", "quantize")
+    model = {k: v for k, v in workload.config.model.to_dict().items() if k not in unused}
     algorithm = dataclasses.asdict(workload.algorithm) if phase == "train" else {}
     return {
         "phase": phase, "topology": topology, "candidate": given, "shape": shape, "model": model,
@@ -127,17 +131,24 @@ class Cache:
 
 def lower_phase(workload: Workload, candidate: Candidate, phase: str, mesh: Mesh) -> jax.stages.Lowered:
     """The phase, traced for ``mesh``."""
-    editor, shape = workload.editor(candidate.remat, candidate.attention), workload.shape(candidate)
+    editor = workload.editor(candidate.remat, candidate.attention, candidate.quantize_in(phase))
+    shape = workload.shape(candidate)
     if phase == "rollout":
         return lower_rollout(editor, workload.lora, shape, mesh)
     return lower_step(editor, workload.algorithm, workload.lora, shape, mesh)
 
 
-def describe_compiled(compiled: Any, devices: int, unknown_trips: float) -> dict[str, Any]:
-    """Memory and collectives of one execution, for JSON; bytes per device."""
+def planned_memory(compiled: Any) -> dict[str, float]:
+    """``train.plan.memory`` and its ``total``: what is held at once. Bytes per device."""
     used: dict[str, float] = dict(memory(compiled))
     used["total"] = used["arguments"] + used["temporaries"] + used["results"] - used["aliased"]
-    found = collectives(compiled.as_text() or "", devices, unknown_trips)
+    return used
+
+
+def describe_compiled(compiled: Any, devices: int, unknown_trips: float) -> dict[str, Any]:
+    """Memory and collectives of one execution, for JSON; bytes per device."""
+    used = planned_memory(compiled)
+    found = by_kind(exchanges(compiled.as_text() or "", devices, unknown_trips))
     return {
         "fits": True,
         "memory": used,

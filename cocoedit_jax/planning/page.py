@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 from cocoedit_jax.planning.rows import Row
-from cocoedit_jax.planning.tables import cells, details, notes
+from cocoedit_jax.planning.tables import base_text, cells, details, notes
 from cocoedit_jax.reporting import html
 from cocoedit_jax.reporting.pictures import COLORS, THEMES, figure_bytes, style_axes
 
@@ -20,6 +21,8 @@ def _label(row: Row, rows: Sequence[Row]) -> str:
                        ("attention", "{}")):  # fmt: skip
         if len({r[key] for r in rows}) > 1:
             parts.append(words.format(row[key]))
+    if len({tuple(r["quantize"]) for r in rows}) > 1:
+        parts.append(base_text(row))
     return ", ".join(parts)
 
 
@@ -62,9 +65,10 @@ def memory_chart(rows: Sequence[Row], theme: str = "light") -> bytes | None:
                 bar(index + offset, beyond, arguments, COLORS[tone], f"{name}: temporaries", alpha=0.5)
             elif need:
                 bar(index + offset, need / GIB, 0, COLORS[tone], f"{name}: need", alpha=0.3, hatch="//")
-    for limit in sorted({p["available"] for r in rows for p in r["phases"].values() if p.get("available")}):
+    limits = sorted({p["available"] for r in rows for p in r["phases"].values() if p.get("available")})
+    for limit in limits:
         axes.axvline(limit / GIB, color=THEMES[theme][1], linewidth=1.4, linestyle="--")
-    _finish(axes, rows, theme, "GiB per device (dashed: what a program may use)")
+    _finish(axes, rows, theme, "GiB per device" + (" (dashed: what a program may use)" if limits else ""))
     return figure_bytes(figure)
 
 
@@ -118,6 +122,11 @@ def scaling_chart(rows: Sequence[Row], theme: str = "light") -> bytes | None:
         axes.plot(sizes, [rates[0] * n / sizes[0] for n in sizes], color=line, linewidth=1, linestyle=":")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    axes.set_xticks(sorted({point["devices"] for points in series.values() for point in points}))
+    axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_locator(NullLocator())
     axes.set_xlabel("devices (dotted: as many times faster as there are more devices)", fontsize=9, color=ink)
     axes.set_ylabel("samples per second", fontsize=9, color=ink)
     axes.legend(fontsize=8.5, frameon=False, labelcolor=ink)

@@ -5,16 +5,19 @@ other two were hidden behind it and every unit ran at its data-sheet peak; real 
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import linen as nn
 
 from cocoedit_jax.models.editor import Editor
-from cocoedit_jax.planning.chips import Chip, Topology
+from cocoedit_jax.models.quantize import same_storage
+from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
+from cocoedit_jax.sharding.chips import Chip
 from cocoedit_jax.sharding.flops import forward_flops, lora_gradient_flops
-from cocoedit_jax.sharding.mesh import AXES
+from cocoedit_jax.sharding.mesh import AXES, CONTEXT, DATA, FSDP, TENSOR
 from cocoedit_jax.sharding.rules import partition_spec
 
 # Values of width d that a block reads and writes per token: q, k, v, attention and its output (1+3, 3+1, 1+1), MLP
@@ -38,7 +41,7 @@ def model_flops(workload: Workload, editor: Editor) -> dict[str, float]:
     """Of one optimizer step by phase, over all devices, as the trainer counts them for MFU: nothing recomputed."""
     cfg, steps = workload.algorithm, workload.config.rollout.steps
     shape, length, samples = editor.transformer.config, tokens(workload, editor), workload.samples
-    forwards = (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+    forwards = cfg.forwards_without_gradient
     gradient = lora_gradient_flops(shape, length, samples) + forwards * forward_flops(shape, length, samples)
     return {"rollout": steps * forward_flops(shape, length, samples), "train": cfg.num_timesteps(steps) * gradient}
 
@@ -52,6 +55,17 @@ def executed_flops(workload: Workload, editor: Editor, remat: str) -> dict[str, 
     again = {"none": 0.0, "dots": attention, "attention": forward - attention, "full": forward, "offload": forward}
     flops["train"] += workload.algorithm.num_timesteps(workload.config.rollout.steps) * again[remat]
     return flops
+
+
+_abstract: dict[Any, Any] = {}
+
+
+def abstract_of(editor: Editor) -> Any:
+    """``editor.abstract()``, traced once for each kind of editor: tracing a whole model takes seconds."""
+    kind = tuple(repr(part) for part in (editor.transformer, editor.autoencoder, getattr(editor, "quantize", "")))
+    if kind not in _abstract:
+        _abstract[kind] = editor.abstract()
+    return _abstract[kind]
 
 
 class _Sizes:
@@ -73,18 +87,27 @@ def _weights(abstract: Any, mesh: Any) -> tuple[float, float]:
     return whole, local
 
 
+def base_beside(workload: Workload, candidate: Candidate, phase: str) -> float:
+    """Bytes on one device of the base that the other phase uses, where it is not the same one."""
+    other = candidate.quantize_in("train" if phase == "rollout" else "rollout")
+    if same_storage(other, candidate.quantize_in(phase)):
+        return 0.0
+    editor = workload.editor(candidate.remat, "xla", other)
+    return _weights(editor.abstract()["transformer"], _Sizes(dict(candidate.sizes)))[1]
+
+
 def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> float:
     """Bytes that one device reads and writes per step, by formula: the weights of every pass (a share that was fetched
     is also written), and the activations of its own samples."""
     cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
     shape = editor.transformer.config
-    whole, _ = _weights(editor.abstract()["transformer"], _Sizes(sizes))
+    whole, _ = _weights(abstract_of(editor)["transformer"], _Sizes(sizes))
     weights = whole / sizes["tensor"] * (2 if sizes["fsdp"] > 1 else 1)
     if phase == "rollout":
         passes = steps
     else:
         recompute = candidate.remat in ("full", "attention", "offload")
-        forwards = 1 + recompute + (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+        forwards = 1 + recompute + cfg.forwards_without_gradient
         passes = cfg.num_timesteps(steps) * (forwards + 2)  # the backward pass reads and writes about twice a forward's
     local = tokens(workload, editor) / sizes["context"] / sizes["tensor"]
     width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
@@ -93,20 +116,18 @@ def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase:
     return batches * passes * (weights + activations)
 
 
-def roofline(
-    chip: Chip, link: float, devices: int, flops: float, traffic: float, exchanged: float
-) -> dict[str, float | str]:
+def roofline(chip: Chip, devices: int, flops: float, traffic: float, exchange: float) -> dict[str, float | str]:
     """Seconds of one phase of a step.
 
     Args:
-        link: bytes/s that a device can send.
         flops: executed, over all devices.
-        traffic, exchanged: bytes of one device.
+        traffic: bytes of one device.
+        exchange: seconds (``exchange_seconds``).
     """
     parts = {
         "compute": flops / devices / chip.flops,
         "memory": traffic / chip.hbm_bandwidth,
-        "exchange": exchanged / link,
+        "exchange": exchange,
     }
     bound = max(parts, key=lambda name: parts[name])
     return {**parts, "seconds": parts[bound], "bound": bound}
@@ -121,7 +142,7 @@ def formula_memory(workload: Workload, editor: Editor, candidate: Candidate, pha
     """
     sizes, shape = dict(candidate.sizes), editor.transformer.config
     mesh = _Sizes(sizes)
-    abstract = editor.abstract()
+    abstract = abstract_of(editor)
     whole, local = _weights(abstract["transformer"], mesh)
     _, other = _weights({k: v for k, v in abstract.items() if k != "transformer"}, mesh)
     rank = workload.lora.rank
@@ -150,34 +171,54 @@ def _summed(arguments: float, temporaries: float) -> dict[str, float]:
     return {"arguments": arguments, "temporaries": temporaries, "total": arguments + temporaries}
 
 
-def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> float:
-    """Bytes that one device sends per step, by formula: layers fetched for every pass over an fsdp axis, four sums of
-    activations per block and pass over a tensor axis, keys, values and outputs over a context axis, one reduction of
-    adapter gradients."""
+def exchange_seconds(topology: Topology, sizes: Mapping[str, int], exchanged: Mapping[str, float]) -> float:
+    """Seconds of what one device sends over each mesh axis, one after another; the last axis is that of neighbours."""
+    stride, total = 1, 0.0
+    for axis in reversed(AXES):
+        total += exchanged.get(axis, 0.0) / topology.bandwidth(stride, sizes[axis])
+        stride *= sizes[axis]
+    return total
+
+
+def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> dict[str, float]:
+    """Bytes that one device sends per step over each mesh axis, by formula: layers fetched for every pass over an fsdp
+    axis, four sums of activations per block and pass over a tensor axis, keys, values and outputs over a context axis,
+    one reduction of adapter gradients over all axes that split samples or tokens."""
     cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
     shape = editor.transformer.config
-    whole, _ = _weights(editor.abstract()["transformer"], _Sizes(sizes))
-    fsdp, tensor, context = sizes["fsdp"], sizes["tensor"], sizes["context"]
+    whole, _ = _weights(abstract_of(editor)["transformer"], _Sizes(sizes))
     width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
     passes = steps
     if phase == "train":
-        forwards = 2 + (cfg.old_decay_type != 0) + (cfg.kl_weight > 0) + (candidate.remat not in ("none", "dots"))
+        # The backward pass fetches a layer once, for what it recomputes too.
+        forwards = 2 + cfg.forwards_without_gradient
         passes = cfg.num_timesteps(steps) * forwards
-    states = candidate.per_shard * tokens(workload, editor) / context * shape.hidden * width * shape.num_blocks
-    per_pass = whole / tensor * (fsdp - 1) / fsdp
-    per_pass += states * 2 * 2 * (tensor - 1) / tensor + states * 4 * (context - 1) / context
-    gradient = 4.0 * workload.lora.rank * shape.num_blocks * (8 * shape.hidden + 2 * (shape.hidden + shape.mlp_hidden))
-    reduced = 2 * gradient * (candidate.shards - 1) / candidate.shards if phase == "train" else 0.0
-    return math.ceil(workload.samples / candidate.batch) * passes * per_pass + reduced
+    others = {axis: (size - 1) / size for axis, size in sizes.items()}
+    states = candidate.per_shard * tokens(workload, editor) / sizes[CONTEXT] * shape.hidden * width * shape.num_blocks
+    per_pass = {
+        FSDP: whole / sizes[TENSOR] * others[FSDP],
+        TENSOR: states * 2 * 2 * others[TENSOR],
+        CONTEXT: states * 4 * others[CONTEXT],
+    }
+    runs = math.ceil(workload.samples / candidate.batch) * passes
+    out = {axis: runs * size for axis, size in per_pass.items()} | {DATA: 0.0}
+    if phase == "train":
+        gradient = 4.0 * workload.lora.rank * shape.num_blocks
+        gradient *= 8 * shape.hidden + 2 * (shape.hidden + shape.mlp_hidden)
+        for axis in (DATA, FSDP):
+            out[axis] += 2 * gradient * others[axis]
+    return out
 
 
 def by_formula(workload: Workload, candidate: Candidate, topology: Topology, phase: str) -> dict[str, Any]:
     """A phase of a row, without a compiler."""
-    editor = workload.editor(candidate.remat, "xla")
+    editor = workload.editor(candidate.remat, "xla", candidate.quantize_in(phase))
     used = formula_memory(workload, editor, candidate, phase)
+    exchanged = formula_exchange(workload, editor, candidate, phase)
     return {
         "fits": used["total"] <= topology.chip.hbm,
         "memory": used,
         "need": used["total"],
-        "exchanged": formula_exchange(workload, editor, candidate, phase),
+        "exchanged": sum(exchanged.values()),
+        "exchange_seconds": exchange_seconds(topology, dict(candidate.sizes), exchanged),
     }

@@ -5,16 +5,19 @@ A row has ``method``: "compiled" (memory and exchanges are the compiler's, times
 """
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.quantize import phase_formats
 from cocoedit_jax.planning import predict
-from cocoedit_jax.planning.chips import Topology
 from cocoedit_jax.planning.compiler import PHASES, Cache, compile_phase, load_topology, phase_key
-from cocoedit_jax.planning.hlo import KINDS
+from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import progress
+from cocoedit_jax.sharding.collectives import KINDS
+from cocoedit_jax.sharding.mesh import AXES
 
 Row = dict[str, Any]
 
@@ -25,7 +28,8 @@ def row_of(candidate: Candidate, workload: Workload, where: str, devices: int, m
         "where": where, "devices": devices, "method": method, "model": workload.config.model.kind,
         "resolution": workload.config.data.resolution, "layout": candidate.layout, "mesh": dict(candidate.sizes),
         "per_shard": candidate.per_shard, "micro_batch": candidate.batch, "remat": candidate.remat,
-        "attention": candidate.attention, "adapters": candidate.adapters, "phases": {}, "fits": True,
+        "attention": candidate.attention, "adapters": candidate.adapters, "quantize": list(candidate.quantize),
+        "phases": {}, "fits": True,
     }  # fmt: skip
 
 
@@ -44,6 +48,13 @@ def predicted_phase(
     out = dict(found)
     available = found.get("available") or topology.chip.hbm
     out["available"] = available
+    beside = predict.base_beside(workload, candidate, phase)
+    if beside and out.get("need") is not None:
+        out["need"] += beside
+        out["fits"] = out["fits"] and out["need"] <= available
+        if "memory" in out:
+            held = {name: out["memory"][name] + beside for name in ("arguments", "total")}
+            out["memory"] = {**out["memory"], **held}
     if out.get("need") is not None and not out["fits"]:
         out["over"] = max(0.0, out["need"] - available)
     if not out["fits"]:
@@ -51,22 +62,24 @@ def predicted_phase(
     executions = math.ceil(workload.samples / candidate.batch) if phase == "rollout" else 1
     out["collectives"] = _per_step(found, executions)
     exchanged = found.get("exchanged", sum(c["bytes"] for c in out["collectives"].values()))
-    editor = workload.editor(candidate.remat, "xla")
+    editor = workload.editor(candidate.remat, "xla", candidate.quantize_in(phase))
     flops = predict.executed_flops(workload, editor, candidate.remat)[phase]
     # Shares of samples that do not fill up: their devices compute all the same.
     flops *= math.ceil(workload.samples / candidate.batch) * candidate.batch / workload.samples
     traffic = predict.hbm_traffic(workload, editor, candidate, phase)
     out["exchanged"] = exchanged
-    out["roofline"] = predict.roofline(topology.chip, topology.link, topology.devices, flops, traffic, exchanged)
+    exchange = out.pop("exchange_seconds", exchanged / topology.chip.link)
+    out["roofline"] = predict.roofline(topology.chip, topology.devices, flops, traffic, exchange)
     return out
 
 
 def finish(row: Row, workload: Workload) -> Row:
-    """Adds what follows from the phases: ``fits``, and of rows that do, ``step_seconds`` and ``samples_per_second``."""
+    """Adds what follows from the phases: ``fits``, and of rows that do, ``step_seconds`` and ``samples_per_second`` as
+    soon as times are known."""
     phases = row["phases"].values()
     row["fits"] = bool(phases) and all(phase["fits"] for phase in phases)
     key = "measured" if row["method"] == "measured" else "roofline"
-    if row["fits"]:
+    if row["fits"] and all(key in phase for phase in phases):
         median = lambda p: p[key]["median"] if key == "measured" else p[key]["seconds"]  # noqa: E731
         row["step_seconds"] = sum(median(phase) for phase in phases)
         row["samples_per_second"] = workload.samples / row["step_seconds"]
@@ -86,7 +99,7 @@ def planned_rows(
     Raises:
         UserError: a candidate asks for something that cannot be, or there is no compiler.
     """
-    by_formula = topology.chip.kind == "gpu"
+    by_formula = topology.chip.platform == "gpu"
     rows, devices = [], None
     with progress(len(candidates) * len(phases), f"plan {topology.name}", "program") as bar:
         for candidate in candidates:
@@ -143,8 +156,8 @@ def recommend(rows: Sequence[Row]) -> Row:
     return min(usable, key=rank)
 
 
-def training_command(row: Row, workload: Workload, config: str, overrides: Sequence[str] = ()) -> str:
-    """The command line that trains as ``row`` says.
+def training_command(row: Row, workload: Workload, config_file: str, overrides: Sequence[str] = ()) -> str:
+    """The command line that trains as ``row`` says, on devices as many as it has.
 
     The rollout's batch must divide the samples of a step: it is lowered to the nearest multiple of the shards that
     does.
@@ -154,24 +167,31 @@ def training_command(row: Row, workload: Workload, config: str, overrides: Seque
     while batch > shards and workload.samples % batch:
         batch -= shards
     name, _, sizes = row["layout"].partition(":")
-    settings = {"mesh.layout": name} | {f"mesh.{k}": v for k, v in (s.split("=") for s in sizes.split(",") if s)}
+    config = workload.config
+    settings: dict[str, Any] = {"mesh.layout": name}
+    # What is set otherwise in the configuration would override the layout.
+    settings |= {f"mesh.{axis}": 0 for axis in AXES if config.mesh.get(axis, 0)}
+    settings |= {f"mesh.{k}": v for k, v in (s.split("=") for s in sizes.split(",") if s)}
+    settings |= {f"{phase}.layout": "" for phase in ("rollout", "train") if config[phase].get("layout", "")}
     settings |= {"rollout.batch_size": batch, "train.micro_batch": row["micro_batch"], "model.remat": row["remat"]}
     settings |= {"model.attention": row["attention"]}
-    if row["adapters"] != workload.config.train.get("adapters", "replicated"):
+    if row["quantize"] != list(phase_formats(config)):
+        own = [phase for phase in PHASES if config[phase].get("quantize", "")]
+        settings |= {"model.quantize": row["quantize"][0]} | {f"{phase}.quantize": "" for phase in own}
+    if row["adapters"] != config.train.get("adapters", "replicated"):
         settings["train.adapters"] = row["adapters"]
-    evaluation = workload.config.evaluation.batch_size
-    if evaluation % shards:
-        settings["evaluation.batch_size"] = math.ceil(evaluation / shards) * shards
+    if config.evaluation.batch_size % shards:
+        settings["evaluation.batch_size"] = math.ceil(config.evaluation.batch_size / shards) * shards
     given = [text for text in overrides if text.removeprefix("--config.").partition("=")[0] not in settings]
-    parts = [f"--config={config}", *given, *(f"--config.{key}={value}" for key, value in settings.items())]
-    return "python -m launch.train " + " ".join(parts)
+    parts = [f"--config={config_file}", *given, *(f"--config.{key}={value}" for key, value in settings.items())]
+    return "python -m launch.train " + shlex.join(parts)
 
 
 def check_samples(workload: Workload, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those whose rollout batches can divide a step's samples.
 
     Raises:
-        UserError: none.
+        UserError: there is none.
     """
     usable = [c for c in candidates if workload.samples % c.shards == 0]
     if not usable:

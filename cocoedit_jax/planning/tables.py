@@ -1,6 +1,7 @@
 """The comparison as a table of text: for a terminal, for Markdown, and the cells of the HTML page."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cocoedit_jax.planning.rows import Row, collective_names
 
@@ -12,15 +13,29 @@ LEGEND = (
     "that one device sends per step, and how often (AG all-gather, AR all-reduce, RS reduce-scatter, A2A all-to-all, "
     "CP collective-permute)."
 )
+MEASURED = (
+    "Seconds per step: median and quartiles of rounds in which all rows take turns; random weights. A step's rollout "
+    "is timed by one of its batches, its training by at most {micro_batches} micro-batches, in proportion. GiB per "
+    "device: arguments + what is beyond them, by the compiler's plan; peak: what the device says, where no row before "
+    "needed more. Compile (kept): read from --xla_cache. MFU by formula, of {peak_source}."
+)
 PREDICTED = (
     "Seconds are predictions: the roofline of data-sheet peaks, the largest of arithmetic, memory traffic and "
     "exchange, as if the other two were hidden behind it. Real steps take longer."
 )
+QUANTIZED = (
+    "Base: its format in rollout/optimizer step. Arithmetic of 8-bit formats is predicted at the peak of bfloat16."
+)
 BY_FORMULA = "Memory and exchanges of these rows are by formula: no compiler was asked."
 
 
+def base_text(row: Row) -> str:
+    """Formats of the frozen base: ``int8``, or ``int8/full`` for rollout and optimizer step."""
+    return "/".join(dict.fromkeys(form or "full" for form in row["quantize"]))
+
+
 def _gib(value: float | None) -> str:
-    return "-" if value is None else f"{value / GIB:.2f}"
+    return "-" if value is None else f"{value / GIB:.2f}" if value >= 0.1 * GIB else f"{value / GIB:.2g}"
 
 
 def seconds_text(phase: Mapping[str, object] | None) -> str:
@@ -63,6 +78,13 @@ def memory_text(phase: Mapping[str, object] | None) -> str:
     return f"needs {_gib(need)}" if isinstance(need, float | int) else "-"
 
 
+def compile_text(phase: Mapping[str, Any] | None) -> str:
+    """Seconds, and whether they are those of reading a program that was on disk."""
+    if not phase or "compile_seconds" not in phase:
+        return "-"
+    return f"{phase['compile_seconds']:.1f}" + (" (kept)" if phase.get("kept") else "")
+
+
 def exchange_text(row: Row) -> str:
     """GiB sent by one device per step, and counts by kind."""
     totals: dict[str, float] = {}
@@ -89,18 +111,18 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "remat": [row["remat"] for row in rows],
         "attention": [row["attention"] for row in rows],
         "adapters": [row["adapters"] for row in rows],
+        "base": [base_text(row) for row in rows],
     }
-    optional = ("where", "px", "attention", "adapters")
+    optional = ("where", "px", "attention", "adapters", "base")
     columns = {k: v for k, v in columns.items() if k not in optional or len(set(v)) > 1}
     for phase in ("rollout", "train"):
         of = [row["phases"].get(phase) for row in rows]
         if not any(of):
             continue
+        columns[f"{phase} GiB"] = [memory_text(p) for p in of]
         if measured:
-            columns[f"{phase} peak GiB"] = [_gib((p or {}).get("need")) for p in of]
-            columns[f"{phase} compile s"] = [f"{(p or {}).get('compile_seconds', 0):.1f}" for p in of]
-        else:
-            columns[f"{phase} GiB"] = [memory_text(p) for p in of]
+            columns[f"{phase} peak GiB"] = [_gib((p or {}).get("peak")) for p in of]
+            columns[f"{phase} compile s"] = [compile_text(p) for p in of]
         columns[f"{phase} s"] = [seconds_text(p) for p in of]
         if measured:
             columns[f"{phase} MFU"] = [f"{100 * p['mfu']:.1f} %" if p and "mfu" in p else "-" for p in of]
@@ -119,11 +141,12 @@ def notes(rows: Sequence[Row]) -> list[str]:
     said = []
     if methods - {"measured"}:
         said += [LEGEND, PREDICTED]
+        said += [QUANTIZED] if any(any(row["quantize"]) for row in rows) else []
     if "by formula" in methods:
         said.append(BY_FORMULA)
     if "measured" in methods:
-        said.append("Seconds per step: median and quartiles of rounds in which all rows take turns; random weights. "
-                    f"MFU by formula, of the peak by {rows[0].get('peak_source')}.")  # fmt: skip
+        words = {"micro_batches": 0, "peak_source": "?"} | rows[0]
+        said.append(MEASURED.format_map(words))
     return said
 
 

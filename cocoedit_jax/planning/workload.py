@@ -14,6 +14,7 @@ from cocoedit_jax.models import lora, quickstart
 from cocoedit_jax.models.attention import BACKENDS, CONTEXT_BACKENDS
 from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.models.editor import Editor
+from cocoedit_jax.models.quantize import FORMATS, phase_formats
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.sharding.layouts import candidates, parse_layout
 from cocoedit_jax.train.editors import PACKAGED_BASE
@@ -34,6 +35,7 @@ class Candidate:
         per_shard: samples in a micro-batch, of each share of the samples; of the rollout's batches too.
         remat, attention: as in ``config.model``.
         adapters: as ``config.train.adapters``.
+        quantize: formats of the frozen base in rollout and optimizer step (``quantize.phase_formats``).
     """
 
     layout: str
@@ -42,6 +44,10 @@ class Candidate:
     remat: str
     attention: str
     adapters: str = "replicated"
+    quantize: tuple[str, str] = ("", "")
+
+    def quantize_in(self, phase: str) -> str:
+        return self.quantize[phase != "rollout"]
 
     @property
     def shards(self) -> int:
@@ -80,8 +86,12 @@ class Workload:
     def samples(self) -> int:
         return self.config.rollout.groups * self.config.rollout.group_size
 
-    def editor(self, remat: str, attention: str) -> Editor:
+    def editor(self, remat: str, attention: str, quantize: str = "") -> Editor:
         """The editor of the configuration, without its weights."""
+        editor = self._editor(remat, attention)
+        return dataclasses.replace(editor, quantize=quantize) if quantize else editor
+
+    def _editor(self, remat: str, attention: str) -> Editor:
         model = self.config.model
         if model.kind == "quickstart":
             folder = Path(model.path) if model.path else PACKAGED_BASE
@@ -132,6 +142,7 @@ def choose_candidates(
     remat: Sequence[str] = (),
     attention: Sequence[str] = (),
     adapters: str = "replicated",
+    quantize: Sequence[str] = (),
 ) -> list[Candidate]:
     """Every combination of the given values; empty ones: all layouts of ``devices``, and for the others what the
     configuration says.
@@ -146,6 +157,14 @@ def choose_candidates(
     known = ("auto", *BACKENDS, *CONTEXT_BACKENDS)
     problems += [f"--attention={a}: expected some of {', '.join(known)}" for a in backends if a not in known]
     problems += [f"--per_shard={n}: expected whole numbers, at least 1" for n in per_shard if n < 1]
+    formats = [phase_formats(config)]
+    if quantize:
+        problems += [
+            f"--quantize={name}: expected some of none, {', '.join(FORMATS)}"
+            for name in quantize
+            if name not in ("none", *FORMATS)
+        ]
+        formats = [("", "") if name == "none" else (name, name) for name in quantize]
     if adapters not in ("replicated", "sharded"):
         problems.append(f"--adapters={adapters}: expected replicated or sharded")
     heads = workload.editor("none", "xla").transformer.config.num_attention_heads
@@ -171,8 +190,8 @@ def choose_candidates(
     if problems:
         raise UserError("\n".join(problems))
     out = []
-    for (text, sizes), backend, policy in itertools.product(chosen, backends, remats):
+    for (text, sizes), backend, policy, form in itertools.product(chosen, backends, remats, formats):
         shards = sizes["data"] * sizes["fsdp"]
         counts = list(per_shard) or [max(1, config.train.micro_batch // shards)]
-        out += [Candidate(text, tuple(sizes.items()), n, policy, backend, adapters) for n in counts]
+        out += [Candidate(text, tuple(sizes.items()), n, policy, backend, adapters, form) for n in counts]
     return out

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -96,9 +96,15 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Telemetry:
-    """Writes a run's metrics and pictures; a context manager."""
+    """Writes a run's metrics and pictures; a context manager.
 
-    def __init__(self, run_dir: str | Path):
+    Args:
+        run_dir: the run's folder.
+        active: False in all but one of the processes of a run: nothing is written then.
+    """
+
+    def __init__(self, run_dir: str | Path, active: bool = True):
+        self.active = active
         self._run = Path(run_dir)
         self._file: IO[str] | None = None
         self._board: SummaryWriter | None = None
@@ -116,6 +122,8 @@ class Telemetry:
         Raises:
             UserError: for a value that is no number.
         """
+        if not self.active:
+            return
         row: dict[str, Any] = {"step": int(step)}
         for name, value in scalars.items():
             try:
@@ -133,6 +141,8 @@ class Telemetry:
 
     def image(self, step: int, tag: str, image: np.ndarray) -> None:
         """Writes ``image`` ``[H, W, 3]`` (float in [0, 1], or uint8) to RUN/samples/TAG_STEP.png and TensorBoard."""
+        if not self.active:
+            return
         pixels = np.asarray(image)
         if pixels.ndim != 3 or pixels.shape[2] != 3:
             raise UserError(f"image {tag!r} has shape {pixels.shape}; expected [height, width, 3]")
@@ -147,6 +157,8 @@ class Telemetry:
         """Forgets what lies after ``step``: a resumed run writes it again. Call it before anything is logged."""
         if self._file is not None or self._board is not None:
             raise UserError("telemetry: truncate was called after log or image; expected before")
+        if not self.active:
+            return
         path = self._run / METRICS_FILE
         if path.exists():
             kept = [row for row in _complete_lines(path) if row["step"] <= step]
@@ -184,9 +196,11 @@ class Telemetry:
 
 
 class PhaseTimer:
-    """Seconds spent in named phases. A phase inside another one counts only for itself, so the sum is real time."""
+    """Seconds spent in named phases. A phase inside another one counts only for itself, so the sum is real time
+    (or whatever ``clock`` reads)."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
@@ -202,7 +216,7 @@ class PhaseTimer:
             self._open.pop()
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = self._clock()
         if self._open:
             phase = self._open[-1]
             self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since

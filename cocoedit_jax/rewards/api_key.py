@@ -1,6 +1,7 @@
 """An API key: read from the environment or a file, and kept out of everything that is shown."""
 
 import os
+import re
 from pathlib import Path
 
 from cocoedit_jax.errors import UserError
@@ -19,6 +20,10 @@ class Secret:
         """``text`` without the key, should a server repeat it."""
         return text.replace(self.value, "<key>") if self.value else text
 
+    def hide_bytes(self, raw: bytes) -> bytes:
+        """As ``hide``; before a reply is shortened, which could leave a part of the key."""
+        return raw.replace(self.value.encode(), b"<key>") if self.value else raw
+
 
 def read_key(key_env: str = "", key_file: str = "") -> str:
     """The API key from an environment variable or a file; empty when neither is named.
@@ -28,6 +33,9 @@ def read_key(key_env: str = "", key_file: str = "") -> str:
     """
     if key_env and key_file:
         raise UserError(f"key_env={key_env!r} and key_file={key_file!r}: expected at most one of them")
+    if key_env and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key_env):
+        # Not shown: it may be the key.
+        raise UserError("key_env: expected the name of an environment variable, not the key itself")
     if key_env:
         key, where = os.environ.get(key_env, "").strip(), f"key_env: the environment variable {key_env}"
     elif key_file:

@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx2 as httpx
@@ -40,6 +39,7 @@ from cocoedit_jax.rewards.chat_protocol import (
     explain_status,
     image_part,
     parse_completion,
+    retry_after,
     shown,
     text_part,
     user_message,
@@ -103,6 +103,7 @@ class ChatClient:
             raise UserError("\n".join(problems))
         self.model = model
         self.counters: Counter[str] = Counter()  # requests, attempts, retry_CAUSE, breaker_opened
+        self.roots: dict[str, set[str]] = {}  # name of a model -> what servers say it was loaded from; from `models`
         self._make_pool = lambda: EndpointPool(endpoints, *breaker)
         self._pool = self._make_pool()
         self._secret = Secret(read_key(key_env, key_file))
@@ -248,7 +249,9 @@ class ChatClient:
                     endpoint, wait = self._pool.choose(request.affinity, request.endpoint)
                 state.attempts += 1
                 state.url = endpoint.url
-                outcome = await self._attempt(loop, endpoint, identity, request)
+                # Older vLLM refuses a name of which it still computes an attempt that timed out, with 400.
+                name = identity if state.attempts == 1 else f"{identity}-try{state.attempts}"
+                outcome = await self._attempt(loop, endpoint, name, request)
             if isinstance(outcome, dict) or outcome.fatal:
                 return outcome
             state.cause, state.said = outcome.reason, outcome.message
@@ -277,9 +280,9 @@ class ChatClient:
             healthy = status < 500  # a full queue or a refusal is no sign of ill health
             if status == 200:
                 return parse_completion(raw)
-            explained = f"{endpoint.url}: {explain_status(status, raw)}"
+            explained = f"{endpoint.url}: {explain_status(status, self._secret.hide_bytes(raw))}"
             if status in RETRY_STATUS or status >= 500:
-                pause = _retry_after(fields.get("retry-after"))
+                pause = retry_after(fields.get("retry-after"))
                 return Failure(f"status_{status}", explained)
             return Failure(FATAL_STATUS.get(status, f"refused_{status}"), explained, fatal=True)
         except Garbled as error:
@@ -326,8 +329,11 @@ class ChatClient:
         try:
             status, _, raw = await self._send(loop, "GET", url)
             if status == 200:
-                return [str(entry["id"]) for entry in json.loads(raw)["data"]]
-            said = self._secret.hide(f"{url}: {explain_status(status, raw)}")
+                entries = json.loads(raw)["data"]
+                for entry in entries:
+                    self.roots.setdefault(str(entry["id"]), set()).add(str(entry.get("root") or entry["id"]))
+                return [str(entry["id"]) for entry in entries]
+            said = f"{url}: {explain_status(status, self._secret.hide_bytes(raw))}"
             if status in RETRY_STATUS or status >= 500:
                 return Failure(f"status_{status}", said)
             return Failure(FATAL_STATUS.get(status, f"refused_{status}"), said, fatal=True)
@@ -335,7 +341,7 @@ class ChatClient:
             return Failure("timeout", f"{url}: no whole reply within {self._timeout:g} s")
         except httpx.RequestError as error:
             return Failure("connect", f"{url}: {type(error).__name__} {error}".rstrip())
-        except (KeyError, TypeError, ValueError) as error:  # Garbled is a ValueError
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # Garbled is a ValueError
             return Failure("garbled", self._secret.hide(f"{url}: no list of models ({error!r})"), fatal=True)
 
 
@@ -383,17 +389,3 @@ class _LoopThread:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number, or a date."""
-    if not value:
-        return 0.0
-    try:
-        return max(0.0, min(float(value), 86400.0))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, min(parsedate_to_datetime(value).timestamp() - time.time(), 86400.0))
-    except (TypeError, ValueError, OverflowError):
-        return 0.0

@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import numpy as np
@@ -194,7 +196,7 @@ def _logprobs(node: Any, raw: bytes) -> tuple[tuple[TokenLogprob, ...], ...] | N
         return None
     try:
         return tuple(tuple(_candidate(c) for c in place.get("top_logprobs") or [place]) for place in content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise Garbled(f"the logprobs of the reply are malformed ({error!r}): {shown(raw)}") from error
 
 
@@ -202,6 +204,8 @@ def _candidate(node: Mapping[str, Any]) -> TokenLogprob:
     token, logprob, raw = node["token"], node["logprob"], node.get("bytes")
     if not isinstance(token, str) or isinstance(logprob, bool) or not math.isfinite(logprob):
         raise ValueError(f"token {token!r}, logprob {logprob!r}")
+    if raw is not None and not isinstance(raw, list):  # bytes(10**9) would be a gigabyte of zeros
+        raise ValueError(f"token {token!r}, bytes {raw!r}")
     # Rounding may put a certain token a little above 0.
     if logprob > 1e-3:
         raise ValueError(f"token {token!r} has the logprob {logprob!r}")
@@ -229,9 +233,25 @@ def explain_status(status: int, raw: bytes) -> str:
         if not isinstance(entry, dict):
             words.append(str(entry))
             continue
-        place = entry.get("param") or [part for part in entry.get("loc") or () if part != "body"]
+        place, path = entry.get("param"), entry.get("loc")
+        if not isinstance(place, str):
+            place = ".".join(str(part) for part in path if part != "body") if isinstance(path, list) else ""
         if place:
-            fields.append(place if isinstance(place, str) else ".".join(map(str, place)))
+            fields.append(place)
         words.append(str(entry.get("message") or entry.get("msg") or entry))
     named = f"field {', '.join(map(repr, dict.fromkeys(fields)))}: " if fields else ""
     return f"status {status}, {named}{shown('; '.join(words))}"
+
+
+def retry_after(value: str | None) -> float:
+    """Seconds that a Retry-After header asks for: a number, or a date."""
+    if not value:
+        return 0.0
+    try:
+        return max(0.0, min(float(value), 86400.0))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, min(parsedate_to_datetime(value).timestamp() - time.time(), 86400.0))
+    except (TypeError, ValueError, OverflowError):
+        return 0.0

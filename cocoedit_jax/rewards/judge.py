@@ -61,7 +61,8 @@ class Judge(Protocol):
       judge cannot be used.
     - ``check(step)``: called before optimizer step ``step``; raises UserError when the judge is not to be trusted.
     - ``pop_counters() -> dict[str, float]``: numbers for the log, counted since the last call; they appear as
-      ``judge/NAME``. Names ``invalid/REASON`` and ``retry/CAUSE`` get charts of their own.
+      ``judge/NAME``. Names ``invalid/REASON`` and ``retry/CAUSE`` get charts of their own. Those of several processes
+      are added; names in the attribute ``averaged`` are averaged by their ``scored``.
     - ``close()``: gives up calls that are under way; the judge may be called again.
 
     Calling a judge may raise UserError, for what neither time nor another request can mend: the run then saves its

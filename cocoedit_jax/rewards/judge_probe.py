@@ -29,8 +29,8 @@ _HINTS = (
     ("too_large", "raise the server's limit on request bytes, or choose image_format=jpeg"),
     ("max_logprobs", "start the server with --max-logprobs 20"),
     ("logprobs", "start the server with --max-logprobs 20"),
+    ("length", "raise the server's context length (vllm: --max-model-len)"),  # vLLM speaks of images there, too
     ("image", "the model must take two images: vllm serve needs --limit-mm-per-prompt '{\"image\": 2}'"),
-    ("length", "raise the server's context length (vllm: --max-model-len)"),
 )
 
 
@@ -111,7 +111,8 @@ def _problem(reply: ChatReply) -> str | None:
     if not any(digit_of(candidate) is not None for candidate in candidates):
         return (
             f"{reply.endpoint} answers with no digit among its likeliest tokens ({top_tokens(candidates)}); expected "
-            "an instruction-tuned vision-language model whose tokenizer writes a digit as one token"
+            "an instruction-tuned vision-language model whose tokenizer writes a digit as one token, and that answers "
+            "without thinking first (vllm: --default-chat-template-kwargs '{\"enable_thinking\": false}')"
         )
     return None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cocoedit_jax.rewards.chat_protocol import TokenLogprob
 
 TOP_DIGIT = 5
+MIN_CANDIDATES = TOP_DIGIT + 1
 # Byte-level BPE and SentencePiece write a leading space into the token in these ways.
 _SPACES = (" ", "\u0120", "\u2581")
 
@@ -14,7 +15,7 @@ _SPACES = (" ", "\u0120", "\u2581")
 @dataclass(frozen=True)
 class DigitScore:
     """``score`` in [0, 1]: expected digit over 5, digits renormalised, NaN without any; ``mass``: probability of the
-    digits 0 to 5 before that; ``entropy`` of the renormalised digits, in nats.
+    digits 0 to 5 before that, 0 with too few candidates; ``entropy`` of the renormalised digits, in nats.
     """
 
     score: float
@@ -36,9 +37,14 @@ def digit_of(candidate: TokenLogprob) -> int | None:
 
 
 def digit_score(candidates: Sequence[TokenLogprob]) -> DigitScore:
-    """The score that the candidates for the answer's only token give: ``s = sum(i p_i) / sum(p_i) / 5``."""
+    """The score that the candidates for the answer's only token give: ``s = sum(i p_i) / sum(p_i) / 5``.
+
+    Fewer than ``MIN_CANDIDATES`` give none: the expectation would be the sampled digit itself. vLLM sends so few when
+    another client's request in the same batch has ``logprob_token_ids`` and this one has not.
+    """
     p = [0.0] * (TOP_DIGIT + 1)
-    for candidate in dict.fromkeys(candidates):  # some servers list the sampled token twice
+    known = dict.fromkeys(candidates)  # some servers list the sampled token twice
+    for candidate in known if len(known) >= MIN_CANDIDATES else ():
         digit = digit_of(candidate)
         if digit is not None:
             p[digit] += math.exp(candidate.logprob)

@@ -19,10 +19,12 @@ from cocoedit_jax.rewards.pixel import pixel_reward
 class EditBatch:
     """Edits to be scored, and what they were made from."""
 
-    images: jax.Array  # edited [B, H, W, 3] in [0, 1], on the accelerator
+    images: jax.Array | np.ndarray  # edited [B, H, W, 3] in [0, 1], on the accelerator unless `filled` is given
     sources: np.ndarray  # [B, H, W, 3] in [0, 1]
     preserve_masks: np.ndarray  # [B, H, W], 1 = keep
     records: Sequence[dict[str, Any]]  # prompt, id and extra of each
+    # Of a short batch: [B', H, W, 3], of which images are the first rows; for rewards that are compiled for one B'.
+    filled: jax.Array | None = None
 
 
 # (edits, algorithm settings, judge) -> scores in [0, 1] and validity, [B] each. It runs in a thread of its own.
@@ -62,8 +64,11 @@ def judge_reward(batch: EditBatch, cfg: NFTConfig, judge: Judge) -> tuple[np.nda
 @register_reward("pixel")
 def pixel_consistency_reward(batch: EditBatch, cfg: NFTConfig, judge: Judge) -> tuple[np.ndarray, np.ndarray]:
     """PSNR and SSIM to the source outside the edit mask (``rewards.pixel``), on the accelerator."""
-    out = _jitted_pixel_reward()(batch.images, jnp.asarray(batch.sources), jnp.asarray(batch.preserve_masks), cfg)
-    return np.asarray(out.score, np.float64), np.asarray(out.valid)
+    count, images = len(batch.records), batch.images if batch.filled is None else batch.filled
+    rows = np.minimum(np.arange(len(images)), count - 1)
+    sources, masks = jnp.asarray(batch.sources[rows]), jnp.asarray(batch.preserve_masks[rows])
+    out = _jitted_pixel_reward()(jnp.asarray(images), sources, masks, cfg)
+    return np.asarray(out.score, np.float64)[:count], np.asarray(out.valid)[:count]
 
 
 @functools.cache

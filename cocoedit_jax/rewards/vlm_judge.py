@@ -1,13 +1,15 @@
 """Judge "vlm": a vision-language model behind OpenAI's chat completions (vLLM, or python -m launch.serve_judge).
 
 The score of an edit is the expected digit of a one-token answer. A score that could not be had is invalid with a reason
-code, never a number: ``low_mass`` (the model did not answer with a digit), ``no_logprobs``, ``deadline`` (no reply in
-time), ``attempts`` (garbled replies), ``cancelled``, ``bad_image``, ``missing_field``. A refusal that repeating cannot
+code, never a number: ``low_mass`` (the model did not answer with a digit), ``no_logprobs``, ``few_candidates``,
+``deadline`` (no reply in time), ``attempts`` (garbled replies), ``cancelled``, ``bad_image``, ``bad_text``,
+``missing_field``. A refusal that repeating cannot
 mend (400, 401, 403, 404, 413, 422) stops the run.
 """
 
 import hashlib
 import logging
+import re
 import secrets
 import threading
 from collections import Counter, OrderedDict
@@ -30,12 +32,13 @@ from cocoedit_jax.rewards.judge_probe import (
     supports_token_ids,
 )
 from cocoedit_jax.rewards.judge_prompt import COMBINE, load_prompt
-from cocoedit_jax.rewards.judge_score import digit_score, top_tokens
+from cocoedit_jax.rewards.judge_score import MIN_CANDIDATES, digit_score, top_tokens
 from cocoedit_jax.rewards.score_cache import ScoreCache
 
 _LOG = logging.getLogger(__name__)
 _KEPT_IMAGES = 64  # encoded images kept in memory: the edits of a group share their source
 _LOGGED = 3  # invalid answers of a call that are logged in full
+_SPECIAL = re.compile(r"<\|\w+\|>")
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class VlmJudge:
             **client_options,
         )  # fmt: skip
         self._cache = ScoreCache(cache_dir)
-        self._model = model
+        self._model = self._model_key = model
         self._step_deadline, self._start_deadline, self._timeout = step_deadline_s, start_deadline_s, timeout_s
         self._format, self._quality = image_format, jpeg_quality
         self._canary_every, self._canary_margin, self._min_mass = canary_every, canary_margin, min_mass
@@ -116,6 +119,8 @@ class VlmJudge:
         self._run, self._step, self._asked = secrets.token_hex(3), 0, 0
         self._started = False
 
+    averaged = ("mass", "entropy")  # of ``pop_counters``: means
+
     # --- the hooks of a judge -----------------------------------------------------------------------------------------
 
     def fault(self, extra: Mapping[str, Any]) -> str | None:
@@ -128,7 +133,9 @@ class VlmJudge:
             UserError: saying what to change.
         """
         self._cache.open()
-        self._client.model = choose_model(self._client, self._model, self._start_deadline)
+        name = self._client.model = choose_model(self._client, self._model, self._start_deadline)
+        # A name that a server was told to use for its model may have been another one's when the cache was filled.
+        self._model_key = "\0".join([name, *sorted(self._client.roots[name] - {name})])
         messages = self._canary_messages(*canary_pairs()[0][1])[0]
         probe_logprobs(self._client, messages, self._start_deadline)
         digits = self._digits or QWEN_DIGITS
@@ -189,7 +196,7 @@ class VlmJudge:
             except ValueError as error:
                 asked.append(str(error))
         questions = {question.key: question for found in asked if not isinstance(found, str) for question in found}
-        cached = {key: entry for key in questions if (entry := self._cache.get(key)) is not None}
+        cached = {key: entry for key in questions if (entry := self._kept(key)) is not None}
         missing = [question for key, question in questions.items() if key not in cached]
         judged = cached | dict(zip((question.key for question in missing), self._ask(missing), strict=True))
         answers = []
@@ -219,8 +226,10 @@ class VlmJudge:
         found = []
         for name in self._prompt.questions:
             text = self._prompt.ask(name, request.instruction, request.extra)
+            if special := _SPECIAL.search(text):  # the server would refuse it, and a refusal stops the run
+                raise ValueError(f"bad_text: {special[0]!r} is a model's own sign, not text")
             content = hashlib.sha256()
-            for part in (self._client.model, self._prompt.digest, name, self._format, text, source, edited):
+            for part in (self._model_key, self._prompt.digest, name, self._format, text, source, edited):
                 data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
                 content.update(len(data).to_bytes(8, "big") + data)
             messages = self._prompt.messages(source, edited, text, self._format)
@@ -264,6 +273,11 @@ class VlmJudge:
             return f"{reply.failure}{hint(reply.failure) if reply.failure.fatal else ''}"
         if reply.logprobs is None:
             return f"no_logprobs: {reply.endpoint} sent a reply without them"
+        if len(set(reply.logprobs[0])) < MIN_CANDIDATES:
+            return (
+                f"few_candidates: {reply.endpoint} sent {top_tokens(reply.logprobs[0])} alone; vLLM does so while "
+                "another client asks it in another way, with or without logprob_token_ids"
+            )
         found = digit_score(reply.logprobs[0])
         if found.mass < self._min_mass:
             return (
@@ -271,6 +285,11 @@ class VlmJudge:
                 f"{top_tokens(reply.logprobs[0])}"
             )
         return {"score": found.score, "mass": found.mass, "entropy": found.entropy}
+
+    def _kept(self, key: str) -> dict[str, float] | None:
+        """The judgement in the cache, if a new one would count as well: a run before may have had another min_mass."""
+        entry = self._cache.get(key)
+        return entry if entry is not None and entry.get("mass", 0.0) >= self._min_mass else None
 
     def _encoded(self, image: np.ndarray) -> bytes:
         pixels = np.ascontiguousarray(image)

@@ -3,9 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import linen as nn
 from jax.sharding import Mesh
 
-from cocoedit_jax.sharding.rules import parameter_shardings
+from cocoedit_jax.models.quantize import is_kernel, quantize_placed, with_format
+from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
@@ -34,9 +37,26 @@ class Base:
         """``abstract``: ``editor.abstract()``, with logical axis names."""
         self.params, self.mesh, self._abstract = params, mesh, abstract
 
-    def on(self, mesh: Mesh) -> Any:
-        """The parameters on ``mesh``, over the same devices; moved there if they are elsewhere."""
+    def on(self, mesh: Mesh, quantize: str = "") -> Any:
+        """The parameters on ``mesh``, over the same devices; moved there if they are elsewhere.
+
+        ``quantize``: another format, of those that store the same numbers, in which quantised kernels are multiplied.
+        """
         if mesh != self.mesh:
             self.params = reshard(self.params, parameter_shardings(self._abstract, mesh))
             self.mesh = mesh
-        return self.params
+        return with_format(self.params, quantize) if quantize else self.params
+
+    def quantized(self, abstract: Any) -> "Base":
+        """A second base, with the kernels of this one, of full precision, quantised as in ``abstract``, one stack after
+        another. Both stay on the devices, and share only what no mesh splits (``abstract`` has no axis names for it).
+        """
+
+        def leaf(target: Any, box: Any, x: jax.Array) -> Any:
+            if is_kernel(target):
+                return jax.block_until_ready(quantize_placed(x, target))
+            # A move of one base gives up its arrays.
+            return jnp.copy(x) if isinstance(box, nn.LogicallyPartitioned) else x
+
+        wanted = sharded_shapes(abstract, self.mesh)
+        return Base(jax.tree.map(leaf, wanted, abstract, self.params, is_leaf=is_kernel), abstract, self.mesh)

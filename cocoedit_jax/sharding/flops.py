@@ -10,20 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cocoedit_jax.models.editor import TransformerShape
-
-# Dense bf16 peak of one device, FLOP/s, from the vendors' data sheets; matched against the start of ``device_kind``.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from cocoedit_jax.sharding.chips import chip_of
 
 
 def forward_flops(config: TransformerShape, tokens: int, samples: int = 1) -> float:
@@ -48,17 +35,18 @@ def lora_gradient_flops(config: TransformerShape, tokens: int, samples: int = 1)
 
 
 def peak_flops(device: Any = None) -> tuple[float, str]:
-    """Peak FLOP/s of one device and where the figure is from: the data sheet, or for others a timed float32 matmul."""
-    device = device or jax.devices()[0]
-    for name in sorted(PEAK_FLOPS, key=len, reverse=True):
-        if device.device_kind.startswith(name):
-            return PEAK_FLOPS[name], f"{name} data sheet"
-    size, best = 1536, float("inf")
-    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    """Peak FLOP/s of one device (default: one of this process) and where the figure is from: the chip table, or for
+    others a timed matmul, in float32 on a CPU and bfloat16 elsewhere."""
+    device = device or jax.local_devices()[0]
+    if known := chip_of(device.device_kind):
+        return known[1].flops, f"{known[0]} data sheet"
+    size, dtype = (1536, jnp.float32) if device.platform == "cpu" else (8192, jnp.bfloat16)
+    best = float("inf")
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
     matmul = jax.jit(jnp.matmul)
     matmul(x, x).block_until_ready()
     for _ in range(5):
         start = time.perf_counter()
         matmul(x, x).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best, f"measured {size}x{size} float32 matmul"
+    return 2.0 * size**3 / best, f"measured {size}x{size} {jnp.dtype(dtype).name} matmul"

@@ -19,6 +19,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
 from cocoedit_jax.reporting.comparison import comparison_report
 from cocoedit_jax.reporting.telemetry import decode_number, progress, write_json
+from cocoedit_jax.sharding import processes
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after, paste_source
 from cocoedit_jax.train.loop import train
 from cocoedit_jax.train.run_folder import CONFIG, EVALUATION, differences
@@ -77,6 +78,8 @@ def compare(
         UserError: an unknown preset, a finished run in ``out`` of another configuration or base, or anything that
             ``build`` and ``train`` refuse.
     """
+    if processes.count() > 1:
+        raise UserError(f"{processes.count()} processes; a comparison runs in one, and launch.train in several")
     get_config = _load_get_config(config_path)
     configs = {(name, seed): _configure(get_config, name, seed, overrides) for name in presets for seed in seeds}
     fresh = FreshScenes(out, scenes, scene_seed)

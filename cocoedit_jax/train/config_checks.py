@@ -10,6 +10,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
 from cocoedit_jax.models.attention import BACKENDS, CONTEXT_BACKENDS
 from cocoedit_jax.models.blocks import REMAT_POLICIES
+from cocoedit_jax.models.quantize import check_format, phase_formats
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.rewards.registry import weighted_rewards
 from cocoedit_jax.sharding.mesh import CONTEXT, sample_shards
@@ -17,9 +18,9 @@ from cocoedit_jax.sharding.mesh import CONTEXT, sample_shards
 # key -> smallest whole number
 WHOLE = {
     "seed": 0, "data.resolution": 1, "data.generate": 0, "rollout.groups": 1, "rollout.group_size": 2,
-    "rollout.batch_size": 1, "rollout.steps": 1, "train.steps": 1, "train.micro_batch": 1, "lora.rank": 1,
-    "evaluation.scenes": 1, "evaluation.batch_size": 1, "evaluation.every": 1, "evaluation.every_scenes": 1,
-    "evaluation.steps": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
+    "rollout.batch_size": 1, "rollout.steps": 1, "rollout.refill": 0, "train.steps": 1, "train.micro_batch": 1,
+    "lora.rank": 1, "evaluation.scenes": 1, "evaluation.batch_size": 1, "evaluation.every": 1,
+    "evaluation.every_scenes": 1, "evaluation.steps": 1, "checkpoint.every": 1, "checkpoint.keep": 1,
 }  # fmt: skip
 # key -> bounds of a number, and whether it may reach the lower one
 NUMBERS = {
@@ -85,6 +86,18 @@ def _mesh_problems(config: ConfigDict, *meshes: Mesh) -> list[str]:
     return [] if needed == platform else [_problem(config, "model.attention", f"another one on a {platform}")]
 
 
+def _quantize_problems(config: ConfigDict, mesh: Mesh) -> list[str]:
+    """Of formats of the frozen base that there are not, or that the devices lack the arithmetic for."""
+    try:
+        rollout, train = phase_formats(config)
+        for phase, name in (("rollout", rollout), ("train", train)):
+            field = f"config.{phase if config[phase].get('quantize', '') else 'model'}.quantize"
+            check_format(name, field, mesh.devices.flat[0])
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
 def check_config(config: ConfigDict, rollout_mesh: Mesh, train_mesh: Mesh, kinds: tuple[str, ...]) -> NFTConfig:
     """The algorithm settings of a usable configuration; ``kinds`` are the editors there are.
 
@@ -117,6 +130,7 @@ def check_config(config: ConfigDict, rollout_mesh: Mesh, train_mesh: Mesh, kinds
         _problem(config, key, "true or false") for key in BOOLEANS if not isinstance(value_of(config, key), bool)
     ]
     problems += _model_problems(config.model) + _mesh_problems(config, rollout_mesh, train_mesh)
+    problems += _quantize_problems(config, rollout_mesh)
     if problems:
         raise UserError("\n".join(problems))
     if config.train.get("adapters", "replicated") not in ADAPTERS:

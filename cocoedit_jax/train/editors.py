@@ -1,11 +1,11 @@
 """The editors that ``config.model.kind`` can name. Adding one is a function here (CONTRIBUTING.md, "Add an editor")."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -20,9 +20,12 @@ from cocoedit_jax.models import kontext, qwen_edit
 from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.hub import resolve_model
 from cocoedit_jax.models.pipeline import BuildOptions
+from cocoedit_jax.models.quantize import quantize_params
 from cocoedit_jax.models.quickstart import load_base
 from cocoedit_jax.models.text import PrecomputedText
+from cocoedit_jax.sharding import processes
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
+from cocoedit_jax.sharding.shares import place
 
 PACKAGED_BASE = Path(__file__).resolve().parent.parent / "assets" / "quickstart_base"
 
@@ -54,6 +57,7 @@ def build_options(model: ConfigDict) -> BuildOptions:
         vae_tile=model.vae_tile or None,
         remat=model.remat,
         attention_backend=model.attention,
+        quantize=model.get("quantize", ""),
     )
 
 
@@ -86,8 +90,14 @@ def quickstart(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -> 
     """A base written by ``launch.pretrain``; ``model.path`` empty: the one in the package."""
     folder = Path(config.model.path) if config.model.path else PACKAGED_BASE
     editor, params = load_base(folder, remat=config.model.remat, attention_backend=config.model.attention)
+    editor = dataclasses.replace(editor, quantize=config.model.get("quantize", ""))
     shardings = parameter_shardings(editor.abstract(), mesh)
-    return editor, lambda: jax.device_put(nn.unbox(params), shardings)
+
+    def load() -> Any:
+        transformer = quantize_params(params["transformer"], editor.quantize)
+        return place(nn.unbox(params | {"transformer": transformer}), shardings)
+
+    return editor, load
 
 
 @register_editor("flux_kontext")
@@ -123,7 +133,7 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
             "length in config.model.text_tokens, 256 as in the released training"
         )
     if cuts := cache.describe_cuts():
-        print(f"{cuts} (config.model.text_tokens)")
+        processes.say(f"{cuts} (config.model.text_tokens)")
     editor = qwen_edit.build_qwen_edit(folder, cached_text(cache), build_options(model), text_mask=model.text_mask)
     check_widths(cache, editor.transformer.config, folder)
     check_sizes(editor, framing)

@@ -10,12 +10,13 @@ import numpy as np
 
 from cocoedit_jax.data.scene_judge import judge_batch
 from cocoedit_jax.data.scene_spec import SceneSpec
-from cocoedit_jax.data.source import load_batch
-from cocoedit_jax.models.text import instructions
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.rewards.judge import Judge, JudgeRequest, judge_scores
 from cocoedit_jax.rewards.pixel import masked_psnr, masked_ssim
+from cocoedit_jax.sharding import processes
 from cocoedit_jax.sharding.mesh import replicated
+from cocoedit_jax.sharding.shares import divide, local_rows
+from cocoedit_jax.train.loading import load_shares
 from cocoedit_jax.train.rollout import make_encoder, make_sampler, sample_keys
 from cocoedit_jax.train.setup import Setup
 
@@ -27,11 +28,20 @@ _NOISE_SEED = 1234567
 
 @dataclass
 class Evaluation:
-    """Per-record metrics, each ``[N]`` (NaN where unknown), and the edited images with what they came from."""
+    """Per-record metrics, each ``[N]`` (NaN where unknown), and the edited images with what they came from.
+
+    Of several processes, each has the images and records that it judged, and the metrics of all.
+    """
 
     metrics: dict[str, np.ndarray]
     images: list[np.ndarray]  # edited [H, W, 3], in the order of the records
     records: list[dict[str, Any]]
+    index: np.ndarray | None = None  # of those among all [n]; None: the first ones
+
+    @property
+    def count(self) -> int:
+        """Records evaluated."""
+        return len(self.metrics["judge"])
 
     @property
     def to_json(self) -> dict[str, list[float]]:
@@ -80,33 +90,50 @@ class Evaluator:
         by_bucket: dict[int, list[int]] = {}
         for index in chosen:
             by_bucket.setdefault(setup.held_out_records[index].bucket, []).append(index)
-        rows: dict[int, tuple[dict[str, float], np.ndarray, dict[str, Any]]] = {}
+        metrics = {name: np.full(len(chosen), np.nan) for name in METRICS}
+        shown: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
         for bucket, indices in by_bucket.items():
             for start in range(0, len(indices), size):
                 part = indices[start : start + size]
                 # A short last batch repeats its last record, so that every batch has one shape.
                 padded = part + [part[-1]] * (size - len(part))
-                rows |= dict(zip(part, self._batch(adapter, bucket, padded), strict=False))
+                measured, own = self._batch(adapter, bucket, padded, len(part))
+                for name, values in measured.items():
+                    metrics[name][part] = values
+                shown |= own
                 progress(len(part))
-        ordered = [rows[index] for index in chosen]
-        metrics = {name: np.asarray([row[0][name] for row in ordered]) for name in METRICS}
-        return Evaluation(metrics, [row[1] for row in ordered], [row[2] for row in ordered])
+        order = sorted(shown)
+        images, records = [shown[i][0] for i in order], [shown[i][1] for i in order]
+        return Evaluation(metrics, images, records, np.asarray(order, np.int64))
 
-    def _batch(self, adapter: Any, bucket: int, indices: Sequence[int]) -> list[tuple]:
+    def _batch(
+        self, adapter: Any, bucket: int, indices: Sequence[int], count: int
+    ) -> tuple[dict[str, np.ndarray], dict[int, tuple[np.ndarray, dict[str, Any]]]]:
+        """Metrics of the first ``count`` of ``indices``; image and record of those that this process judged."""
         setup = self._setup
-        batch = load_batch(setup.held_out, indices)
-        text = setup.editor.text_inputs(instructions(batch))
+        shares = divide(np.arange(len(indices)), len(indices), setup.rollout_mesh)
+        _, loaded, text = load_shares(setup.editor, setup.held_out, setup.held_out_records, indices, shares)
         params = setup.base.on(setup.rollout_mesh)
-        conditioning = self._encode(params, batch["image"], text)
+        conditioning = self._encode(params, shares, loaded["image"], text)
         keys = sample_keys(jax.random.key(_NOISE_SEED), np.asarray(indices))
         _, images = self._sampler(bucket)(params, adapter, conditioning, keys)
-        edited = np.asarray(images)
-        metrics = measure(edited, batch, setup.judge)
+        own = shares.judged(0)
+        edited = np.asarray(local_rows(images, own))
+        rows = np.searchsorted(shares.groups, own)
+        batch = {k: v[rows] if isinstance(v, np.ndarray) else [v[r] for r in rows] for k, v in loaded.items()}
+
+        def results() -> dict[str, Any]:
+            found = measure(edited, batch, setup.judge) if len(own) else {}
+            return {"rows": own.tolist()} | {name: values.tolist() for name, values in found.items()}
+
+        parts = [part for part in processes.gather("evaluate", results) if part["rows"]]
+        order = np.argsort(np.concatenate([part["rows"] for part in parts]))
+        metrics = {k: np.concatenate([np.asarray(part[k], np.float64) for part in parts])[order] for k in METRICS}
         fields = ("image", "edit_mask", "prompt", "id", "edit_type", "extra")
-        return [
-            ({k: float(v[i]) for k, v in metrics.items()}, edited[i], {k: batch[k][i] for k in fields})
-            for i in range(len(indices))
-        ]
+        shown = {
+            indices[row]: (edited[i], {k: batch[k][i] for k in fields}) for i, row in enumerate(own) if row < count
+        }
+        return {name: values[:count] for name, values in metrics.items()}, shown
 
 
 def measure(edited: np.ndarray, batch: dict[str, Any], judge: Judge) -> dict[str, np.ndarray]:
@@ -139,7 +166,7 @@ def paste_source(evaluation: Evaluation, judge: Judge) -> Evaluation:
         for name, value in measure(pasted[None], batch, judge).items():
             metrics[name].append(float(value[0]))
         images.append(pasted)
-    return Evaluation({k: np.asarray(v) for k, v in metrics.items()}, images, evaluation.records)
+    return Evaluation({k: np.asarray(v) for k, v in metrics.items()}, images, evaluation.records, evaluation.index)
 
 
 def _no_edit(extra: list[dict[str, Any]], edited: np.ndarray, change: np.ndarray) -> np.ndarray:
@@ -150,8 +177,10 @@ def _no_edit(extra: list[dict[str, Any]], edited: np.ndarray, change: np.ndarray
 
 
 def before_after(base: Evaluation, trained: Evaluation, rows: int = 8) -> np.ndarray:
-    """Source, base and trained edits of the first held-out records, with judge score and PSNR under each."""
+    """Source, base and trained edits of the first held-out records, with judge score and PSNR under each; of those
+    whose images are here."""
     count = min(rows, len(base.records))
+    index = range(len(base.records)) if base.index is None else base.index
     shape = base.images[0].shape
     chosen = [i for i in range(len(base.records)) if base.images[i].shape == shape][:count]
     columns = [
@@ -159,7 +188,10 @@ def before_after(base: Evaluation, trained: Evaluation, rows: int = 8) -> np.nda
         ("base", np.stack([base.images[i] for i in chosen])),
         ("trained", np.stack([trained.images[i] for i in chosen])),
     ]
-    note = lambda e, i: f"judge {e.metrics['judge'][i]:.2f}, {e.metrics['psnr_outside'][i]:.1f} dB"  # noqa: E731
+
+    def note(e: Evaluation, i: int) -> str:
+        return f"judge {e.metrics['judge'][index[i]]:.2f}, {e.metrics['psnr_outside'][index[i]]:.1f} dB"
+
     notes = [None, [note(base, i) for i in chosen], [note(trained, i) for i in chosen]]
     masks = np.stack([base.records[i]["edit_mask"] for i in chosen])
     return sample_grid(columns, masks=masks, instructions=[base.records[i]["prompt"] for i in chosen], notes=notes)

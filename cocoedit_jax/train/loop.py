@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples
+from cocoedit_jax.data.groups import SamplePlan, groups_for_step, plan_samples, refill_groups
 from cocoedit_jax.data.records import fingerprint
-from cocoedit_jax.data.source import load_batch
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, lora_files
-from cocoedit_jax.models.editor import Conditioning, Grid
-from cocoedit_jax.models.text import instructions
+from cocoedit_jax.models.editor import Editor, Grid
 from cocoedit_jax.nft.policy import ema_decay, old_policy_decay
 from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.report import write_report
 from cocoedit_jax.reporting.telemetry import PhaseTimer, Telemetry, progress, write_json
 from cocoedit_jax.rewards.judge import judge_hook
+from cocoedit_jax.sharding import processes
+from cocoedit_jax.sharding.base import Base
 from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.sharding.rules import adapter_shardings
+from cocoedit_jax.sharding.shares import Shares, divide, place
 from cocoedit_jax.train.checkpoint import Checkpoints
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator, before_after
-from cocoedit_jax.train.optimality import Judged, judge_rollout, pack_step
+from cocoedit_jax.train.loading import load_shares
+from cocoedit_jax.train.optimality import Drawn, judge_rollout, pack_step
 from cocoedit_jax.train.performance import Performance
+from cocoedit_jax.train.refill import refill
 from cocoedit_jax.train.rollout import RewardQueue, Rollout, collect, make_encoder, make_sampler
 from cocoedit_jax.train.run_folder import EVALUATION, claim
 from cocoedit_jax.train.setup import Setup
@@ -48,18 +52,6 @@ class Programs:
     grid: Grid
     sampler: Any
     train_step: Any
-
-
-@dataclass
-class Drawn:
-    """The samples of one step and what is known of them."""
-
-    grid: Grid
-    plan: SamplePlan
-    batch: dict[str, Any]  # the step's distinct records, as loaded
-    conditioning: Conditioning  # of those records
-    rollout: Rollout
-    judged: Judged
 
 
 class Trainer:
@@ -90,13 +82,12 @@ class Trainer:
         )
 
     def _placed(self, state: TrainState) -> TrainState:
-        return jax.device_put(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
+        return place(state, adapter_shardings(state, self.setup.mesh, sharded=self.sharded))
 
-    def _base_on(self, mesh: Mesh, timer: PhaseTimer) -> Any:
-        """The base's parameters on ``mesh``; a move is a phase of its own."""
-        base = self.setup.base
+    def _base_on(self, base: Base, editor: Editor, mesh: Mesh, timer: PhaseTimer) -> Any:
+        """The parameters of ``base`` on ``mesh``, for ``editor``; a move is a phase of its own."""
         with timer("reshard") if base.mesh != mesh else nullcontext():
-            return base.on(mesh)
+            return base.on(mesh, editor.quantize)
 
     def programs(self, bucket: int) -> Programs:
         """Sampler and optimizer step for the images of ``bucket``."""
@@ -106,7 +97,7 @@ class Trainer:
             sigmas = setup.editor.sigmas(rollout.steps, grid)
             self._programs[bucket] = Programs(
                 grid,
-                make_sampler(setup.editor, grid, sigmas, rollout.solver, setup.rollout_mesh),
+                make_sampler(setup.rollout_editor, grid, sigmas, rollout.solver, setup.rollout_mesh),
                 make_train_step(
                     setup.editor,
                     grid,
@@ -126,51 +117,94 @@ class Trainer:
         Raises:
             UserError: the judge cannot be used, or scored too few samples; the state is that of the step before.
         """
-        judge_hook(self.setup.judge, "check")(step)
-        self._judge_counters()  # those of evaluations and checks are none of the step's
         step_key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         rollout_key, train_key = jax.random.split(step_key)
         with timer("data"):
             records = self._records(step)
             plan = plan_samples(records, self.config.rollout.group_size)
-            batch = load_batch(self.setup.train, records)
             programs = self.programs(self.setup.train_records[int(records[0])].bucket)
-        params = self._base_on(self.setup.rollout_mesh, timer)
-        with timer("encode"):
-            text = self.setup.editor.text_inputs(instructions(batch))
-            conditioning = self.encode(params, batch["image"], text)
-        with timer("rollout"):
-            old = jax.device_put(lora.fold_scale(self.state.old, self.setup.lora), replicated(self.setup.rollout_mesh))
-            rollout = collect(
-                programs.sampler, params, old, conditioning, plan, batch, rollout_key, self.queue,
-                self.config.rollout.batch_size,
-            )  # fmt: skip
-        self._check_rollout(step, rollout)
-        with timer("advantage"):
-            source, factor = np.asarray(conditioning.source), self.setup.editor.autoencoder.factor
-            judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, self.cfg)
-        judged.metrics |= self._judge_counters()
+        sample = partial(self._sample, step, programs, rollout_key, timer)
+        drawn = sample(plan)
+        if rounds := self.config.rollout.refill:
+            drawn = refill(drawn, rounds, partial(self._further, step), sample, self.config.max_unscored)
+        judged = drawn.judged
+        judged.metrics |= {f"judge/{name}": value for name, value in drawn.rollout.judge_counters.items()}
         self._check_rewards(step, judged.metrics)
-        drawn = Drawn(programs.grid, plan, batch, conditioning, rollout, judged)
-        metrics = judged.metrics | {"seconds/waiting_for_rewards": rollout.seconds_waiting}
+        metrics = judged.metrics | {"seconds/waiting_for_rewards": drawn.rollout.seconds_waiting}
         metrics |= self._update(step, drawn, programs, train_key, timer)
         self.banned |= set(judged.banned)
         metrics["groups/banned"] = float(len(self.banned))
         self.metrics = metrics
         return metrics, drawn
 
-    def _judge_counters(self) -> dict[str, float]:
-        counters = judge_hook(self.setup.judge, "pop_counters")() or {}
-        return {f"judge/{name}": value for name, value in counters.items()}
+    def _sample(
+        self, step: int, programs: Programs, key: jax.Array, timer: PhaseTimer, plan: SamplePlan,
+        rows: np.ndarray | None = None, before: Drawn | None = None,
+    ) -> Drawn:  # fmt: skip
+        """Samples and scores ``plan``; with ``rows`` only those, the others are as ``before``."""
+        setup = self.setup
+        with timer("data"):
+            shares = divide(plan.group, self.config.rollout.batch_size, setup.rollout_mesh, rows=rows)
+            batch, loaded, text = self._load(step, plan, shares, before)
+        params = self._base_on(setup.rollout_base, setup.rollout_editor, setup.rollout_mesh, timer)
+        with timer("encode"):  # all records, though ``before`` has some: another number would be another program
+            conditioning = self.encode(params, shares, loaded["image"], text)
+        with timer("rollout"):
+            old = jax.device_put(lora.fold_scale(self.state.old, setup.lora), replicated(setup.rollout_mesh))
+            drawn_now = plan if rows is None else plan.take(rows)
+            rollout = collect(
+                programs.sampler, params, old, conditioning, drawn_now, batch, key, self.queue, shares
+            )  # fmt: skip
+        self._check_rollout(step, rollout)
+        with timer("advantage"):
+            if before is not None and rows is not None:
+                rollout = before.rollout.with_rows(rows, rollout, self.queue.merged_counters)
+            source, factor = np.asarray(conditioning.source), setup.editor.autoencoder.factor
+            judged = judge_rollout(rollout, plan, batch, source, programs.grid, factor, self.cfg)
+        return Drawn(programs.grid, plan, batch, conditioning, rollout, judged)
+
+    def _load(
+        self, step: int, plan: SamplePlan, shares: Shares, before: Drawn | None
+    ) -> tuple[dict[str, Any], dict[str, Any], Any]:
+        """The records of ``plan``, of which each process reads its own: ``batch`` as ``collect`` takes it, the loaded
+        ones, and their text inputs. Pictures that ``before`` has of the same records stay."""
+
+        def check_judge() -> None:
+            if before is None:
+                judge_hook(self.setup.judge, "check")(step)
+                self.queue.pop_counters()  # those of evaluations and checks are none of the step's
+
+        records = plan.records
+        batch, loaded, text = load_shares(
+            self.setup.editor, self.setup.train, self.setup.train_records, records, shares, check_judge
+        )
+        images: dict[int, np.ndarray] = {}
+        if before is not None:
+            same = np.flatnonzero(before.plan.records == records)
+            images = {g: before.batch["image"][g] for g in same}
+        images |= dict(zip(shares.groups.tolist(), loaded["image"], strict=True))
+        batch |= {"image": [images.get(g) for g in range(len(records))], "edit_mask": shares.whole(loaded["edit_mask"])}
+        return batch, loaded, text
 
     def _records(self, step: int) -> np.ndarray:
         """Indices of the training records of ``step``, one per group; all of one image size."""
-        records = self.setup.train_records
-        banned = [i for i, r in enumerate(records) if self._ban_key(r.id, r.prompt) in self.banned]
-        buckets = [r.bucket for r in records] if self.setup.framing.crop == "buckets" else None
         return groups_for_step(
-            self.config.seed, step - 1, self.config.rollout.groups, len(records), banned, buckets
+            self.config.seed, step - 1, self.config.rollout.groups, len(self.setup.train_records),
+            *self._banned_and_buckets(self.banned),
         )  # fmt: skip
+
+    def _further(self, step: int, number: int, count: int, taken: np.ndarray, banned: list[str]) -> np.ndarray:
+        """Indices of at most ``count`` records for round ``number`` of refilling ``step``; see ``train.refill``."""
+        return refill_groups(
+            self.config.seed, step - 1, number, count, len(self.setup.train_records), taken,
+            *self._banned_and_buckets(self.banned.union(banned)),
+        )  # fmt: skip
+
+    def _banned_and_buckets(self, banned: set[str]) -> tuple[list[int], list[int] | None]:
+        """Indices of the training records that ``banned`` names, and the bucket of every record if a step has one."""
+        records = self.setup.train_records
+        indices = [i for i, r in enumerate(records) if self._ban_key(r.id, r.prompt) in banned]
+        return indices, [r.bucket for r in records] if self.setup.framing.crop == "buckets" else None
 
     def _update(
         self, step: int, drawn: Drawn, programs: Programs, key: jax.Array, timer: PhaseTimer
@@ -185,9 +219,9 @@ class Trainer:
         if not count:  # nothing to learn from; the step still counts, so that the data position moves on
             self.state = dataclasses.replace(self.state, step=self.state.step + 1)
             return {}
-        params = self._base_on(self.setup.mesh, timer)
+        params = self._base_on(self.setup.base, self.setup.editor, self.setup.mesh, timer)
         with timer("train"):
-            batch = jax.device_put(host, batch_sharding(self.setup.mesh, axis=1))
+            batch = place(host, batch_sharding(self.setup.mesh, axis=1))
             scalars = StepScalars(
                 num_micro=jnp.asarray(num_micro, jnp.int32),
                 count=jnp.asarray(count, jnp.float32),
@@ -195,7 +229,7 @@ class Trainer:
                 ema_decay=jnp.asarray(ema_decay(step, self.cfg.ema_decay), jnp.float32),
                 key=key,
             )
-            scalars = jax.device_put(scalars, replicated(self.setup.mesh))
+            scalars = place(scalars, replicated(self.setup.mesh))
             self.state, device_metrics, finite = programs.train_step(self.state, params, batch, scalars)
             metrics = {f"train/{k}": float(v) for k, v in device_metrics.items()}
         self._check_finite(step, metrics, finite)
@@ -232,13 +266,16 @@ class Trainer:
             raise NonFiniteError(f"step {step}: not finite: {', '.join(bad)}; the weights are those of step {step - 1}")
 
     def picture(self, drawn: Drawn) -> np.ndarray:
-        """Source, then the first edits of a group side by side, for the first groups of the step."""
-        size, batch = self.config.rollout.group_size, drawn.batch
-        first = [g * size for g in range(min(4, len(drawn.plan) // size))]
+        """Source, then the first edits of a group side by side, for the first groups that are whole in this process."""
+        size, batch, own = self.config.rollout.group_size, drawn.batch, drawn.rollout.own
+        first = [i for i in range(0, len(drawn.plan), size) if np.isin(np.arange(i, i + size), own).all()][:4]
+        if not first:  # several processes share every group: what there is of the first
+            first, size = [int(own[0])], int((drawn.plan.group[own] == drawn.plan.group[own[0]]).sum())
         group, shown = drawn.plan.group[first], range(min(6, size))
-        columns = [("source", batch["image"][group])]
-        columns += [(f"edit {k + 1}", drawn.rollout.images[[i + k for i in first]]) for k in shown]
-        notes = [None, *([f"reward {drawn.judged.reward[i + k]:.2f}" for i in first] for k in shown)]
+        at = np.searchsorted(own, first)  # in the images
+        columns = [("source", np.stack([batch["image"][g] for g in group]))]
+        columns += [(f"edit {k + 1}", drawn.rollout.images[at + k]) for k in shown]
+        notes = [None, *([f"reward {reward:.2f}" for reward in drawn.judged.reward[own[at + k]]] for k in shown)]
         prompts = [batch["prompt"][g] for g in group]
         return sample_grid(columns, masks=batch["edit_mask"][group], instructions=prompts, notes=notes)
 
@@ -257,7 +294,9 @@ class Trainer:
         info |= {f"reward_weight/{name}": f"{weight:g}" for name, weight in self.cfg.reward_weights.items()}
         info |= {k: f"{v:.4f}" for k, v in metrics.items() if k.startswith("reward/")}
         folder = self.run_dir / "lora" / f"step_{step:06d}"
-        lora_files.save_lora(folder, self.trained_adapter(), self.setup.lora, info)
+        adapter = jax.device_put(self.trained_adapter(), replicated(self.setup.mesh))
+        if processes.is_first():
+            lora_files.save_lora(folder, jax.device_get(adapter), self.setup.lora, info)
         # The checkpoint comes last: whatever is killed before it is on disk is done again.
         progress = {"banned": sorted(self.banned), "step": step, "seed": self.config.seed, "data": self.data}
         self.checkpoints.save(self.state, progress)
@@ -284,7 +323,8 @@ class Trainer:
         judge scored too few.
         """
         folded = None if adapter is None else lora.fold_scale(adapter, self.setup.lora)
-        with progress(min(scenes, len(self.setup.held_out_records)), desc, "scene") as bar:
+        total = min(scenes, len(self.setup.held_out_records))
+        with progress(total, desc, "scene", process_index=processes.index()) as bar:
 
             def done(count: int) -> None:
                 bar.update(count)
@@ -296,7 +336,7 @@ class Trainer:
 
     def small_evaluation(self, base: Evaluation) -> dict[str, float]:
         """Metrics of the first held-out records, for the log. Raises UserError as ``evaluate``."""
-        count = min(self.config.evaluation.every_scenes, len(base.records))
+        count = min(self.config.evaluation.every_scenes, base.count)
         now = self.evaluator(lora.fold_scale(self.trained_adapter(), self.setup.lora), count)
         self._check_share("evaluate", float(np.isnan(now.metrics["judge"]).mean()), [])
         return {f"held_out/{name}": value["mean"] for name, value in now.summary().items()}
@@ -319,41 +359,50 @@ def train(setup: Setup, run_dir: Path, *, resume: bool = False) -> dict[str, Any
         NonFiniteError: NaN or infinity in a loss or gradient.
     """
     config = setup.config
-    claim(run_dir, config, resume)
+    processes.from_first("claim", lambda: claim(run_dir, config, resume))
     trainer = Trainer(setup, run_dir)
     try:
-        with Telemetry(run_dir) as telemetry, Stop() as stop:
-            start = trainer.resume() if resume and trainer.checkpoints.latest is not None else 0
+        with Telemetry(run_dir, active=processes.is_first()) as telemetry, Stop() as stop:
+            saved = processes.from_first("checkpoint", lambda: trainer.checkpoints.latest)
+            start = trainer.resume() if resume and saved is not None else 0
             telemetry.truncate(start)
             if start == 0:
                 trainer.save({})
             peak = trainer.performance.peak_source
-            print(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {peak}")
+            processes.say(f"{run_dir}: preset {config.preset}, {len(setup.train_records)} records; MFU: {peak}")
             try:
                 base = trainer.evaluate(None, config.evaluation.scenes, "evaluate base", stop)
                 _take_steps(trainer, start, base, telemetry, stop)
                 adapter = trainer.trained_adapter()
                 trained = trainer.evaluate(adapter, config.evaluation.scenes, "evaluate trained", stop)
+            except processes.ProcessFailed:  # and what all of them hold together cannot be saved
+                raise
             except UserError as error:  # of the judge, before a step has changed anything
+                processes.gather("save after an error", lambda: None)  # all of them, or none can
                 trainer.save_state()
-                raise UserError(f"{error}\n{_continue(trainer)}") from error
-            telemetry.image(config.train.steps, "held_out", before_after(base, trained))
+                raise processes.Agreed(f"{error}\n{_continue(trainer)}") from error
+            if telemetry.active:
+                telemetry.image(config.train.steps, "held_out", before_after(base, trained))
     except Stopped:
-        print(f"stopped; {_continue(trainer)}")
+        processes.say(f"stopped; {_continue(trainer)}")
         return {}
+    except BaseException as error:
+        processes.publish(error)
+        raise
     finally:
         trainer.close()
-        if (run_dir / "metrics.jsonl").is_file():
+        if processes.is_first() and (run_dir / "metrics.jsonl").is_file():
             write_report(run_dir)
     result = {
-        "scenes": len(base.records),
+        "scenes": base.count,
         "step": config.train.steps,
         "base": base.summary(),
         "trained": trained.summary(),
         "difference": trained.difference(base),
     }
-    write_json(run_dir / EVALUATION, result)
-    write_report(run_dir)
+    if processes.is_first():
+        write_json(run_dir / EVALUATION, result)
+        write_report(run_dir)
     return result
 
 
@@ -365,11 +414,12 @@ def _continue(trainer: Trainer) -> str:
 def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telemetry, stop: Stop) -> None:
     """The optimizer steps after ``start``, each logged, some evaluated and saved. Raises Stopped after a signal."""
     config, timer = trainer.config, PhaseTimer()
-    with progress(config.train.steps, "train", "step", start) as bar:
+    with progress(config.train.steps, "train", "step", start, process_index=processes.index()) as bar:
         for step in range(start + 1, config.train.steps + 1):
             metrics, drawn = trainer.train_step(step, timer)
             last = step == config.train.steps
-            if step % config.evaluation.every == 0 or last or step == 1:
+            stop.agree()
+            if telemetry.active and (step % config.evaluation.every == 0 or last or step == 1):
                 telemetry.image(step, "rollout", trainer.picture(drawn))
             if step % config.evaluation.every == 0 and not last and not stop.requested:
                 try:
@@ -387,4 +437,5 @@ def _take_steps(trainer: Trainer, start: int, base: Evaluation, telemetry: Telem
                     trainer.save(metrics)
             bar.set_postfix(reward=f"{metrics.get('reward/total', np.nan):.3f}")
             bar.update(1)
-            stop.check()
+            if stop.requested:
+                raise Stopped

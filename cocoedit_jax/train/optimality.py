@@ -29,6 +29,18 @@ class Judged:
     metrics: dict[str, float]
 
 
+@dataclass
+class Drawn:
+    """The samples of one step and what is known of them."""
+
+    grid: Grid
+    plan: SamplePlan
+    batch: dict[str, Any]  # the step's distinct records, as loaded
+    conditioning: Conditioning  # of those records
+    rollout: Rollout
+    judged: Judged
+
+
 def group_keys(plan: SamplePlan, batch: dict[str, Any], cfg: NFTConfig) -> np.ndarray:
     """The key of every sample's group ``[N]``: its record id, or (released code) its instruction text."""
     return np.asarray([batch["id" if cfg.group_key == "record" else "prompt"][g] for g in plan.group])

@@ -31,14 +31,14 @@ class Performance:
 
         ``seconds`` holds ``seconds/PHASE``; ``metrics`` holds ``samples/drawn`` and ``samples/used``.
         """
-        cfg, rollout_steps = self._setup.algorithm, self._setup.config.rollout.steps
+        cfg, rollout = self._setup.algorithm, self._setup.config.rollout
         shape, tokens = self._setup.editor.transformer.config, 2 * grid.tokens + text_tokens
         drawn = int(metrics["samples/drawn"])
-        used = drawn if cfg.invalid == "zero_weight" else int(metrics["samples/used"])
-        timesteps = cfg.num_timesteps(rollout_steps)
-        forwards = (cfg.old_decay_type != 0) + (cfg.kl_weight > 0)
+        used = rollout.groups * rollout.group_size if cfg.invalid == "zero_weight" else int(metrics["samples/used"])
+        timesteps = cfg.num_timesteps(rollout.steps)
+        forwards = cfg.forwards_without_gradient
         work = {
-            "rollout": rollout_steps * forward_flops(shape, tokens, drawn),
+            "rollout": rollout.steps * forward_flops(shape, tokens, drawn),
             "train": timesteps
             * (lora_gradient_flops(shape, tokens, used) + forwards * forward_flops(shape, tokens, used)),
         }

@@ -19,6 +19,8 @@ _MAY_CHANGE = (
     *(f"judge.vlm.{name}" for name in ("endpoints", "concurrency", "timeout_s", "step_deadline_s", "start_deadline_s",
                                        "cache_dir", "key_env", "key_file", "canary_every")),
 )  # fmt: skip
+# Settings that runs begun before they existed ran without, and what that meant.
+_ADDED = {"model": {"quantize": ""}, "rollout": {"quantize": ""}, "train": {"quantize": ""}}
 
 
 def check_claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
@@ -61,9 +63,14 @@ def claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
 def _check_continues(path: Path, run_dir: Path, now: dict[str, Any]) -> None:
     if not path.exists():
         raise UserError(f"--run={run_dir}: no config.json, so nothing to resume; start without --resume")
-    changed = differences(json.loads(path.read_text()), now, except_for=_MAY_CHANGE)
+    changed = differences(_completed(json.loads(path.read_text())), _completed(now), except_for=_MAY_CHANGE)
     if changed:
         raise UserError(f"--resume: {path} differs from this configuration:\n  " + "\n  ".join(changed))
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with what ``_ADDED`` says of the sections it has."""
+    return config | {name: added | config[name] for name, added in _ADDED.items() if name in config}
 
 
 def _keep_earlier_result(run_dir: Path, steps: int) -> None:

@@ -1,10 +1,12 @@
 """The optimizer step: one jitted call that scans micro-batches x timesteps and reduces gradients once.
 
-Over the axes that split samples, data and fsdp, it is a manual ``shard_map``: every device sums the gradients of its
-own samples over all micro-batches and timesteps, and one all-reduce follows. Layers fetch the shards of their weights
-from the fsdp axis as they run (``models/parallel.py``). The other mesh axes stay automatic inside.
+Over the axes that split samples and tokens, data, fsdp and context, it is a manual ``shard_map``: every device sums the
+gradients of its own samples and tokens over all micro-batches and timesteps, and one all-reduce follows. Layers fetch
+the shards of their weights from the fsdp axis as they run (``models/parallel.py``). The tensor axis stays automatic
+inside.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,8 @@ from cocoedit_jax.sharding.rules import adapter_shardings, manual_specs
 
 Array = jax.Array
 Tree = Any
+
+_REFERENCE = 2**32 - 1  # a random stream beside those of the sample indices
 
 
 @flax.struct.dataclass
@@ -78,6 +82,22 @@ def sample_timesteps(key: Array, sigmas: Array, num: int, choice: str) -> Array:
     return sigmas[jnp.floor(low + offset * width).astype(jnp.int32).clip(0, len(sigmas) - 1)]
 
 
+def reference_pairs(key: Array, num_micro: Array, shape: tuple[int, int], fraction: float) -> Array:
+    """Which (micro-batch, timestep) pairs get a reference forward: bool ``shape``, of the first ``num_micro`` rows.
+
+    Systematic sampling over the pairs in random order: each is chosen with probability ``fraction``, so what is summed
+    over the chosen ones and divided by ``fraction`` is unbiased (Horvitz and Thompson 1952); and the number chosen is
+    ``fraction`` times that of the pairs, rounded up or down.
+    """
+    order_key, start_key = jax.random.split(key)
+    order = jax.random.uniform(order_key, shape)
+    order = jnp.where(jnp.arange(shape[0])[:, None] < num_micro, order, 2.0).ravel()
+    rank = jnp.argsort(jnp.argsort(order)).astype(jnp.float32)
+    start = jax.random.uniform(start_key)
+    chosen = jnp.floor((rank + 1) * fraction + start) > jnp.floor(rank * fraction + start)
+    return chosen.reshape(shape)
+
+
 def make_optimizer(learning_rate: float, weight_decay: float, max_grad_norm: float) -> optax.GradientTransformation:
     """AdamW after clipping by global norm, constant learning rate, as the released code."""
     return optax.chain(
@@ -123,23 +143,31 @@ def make_train_step(
     num_timesteps = cfg.num_timesteps(len(sigmas) - 1)
     micro_reduction = cfg.valid_reduction == "micro"
     num_shards = sample_shards(mesh)
+    some_pairs = cfg.kl_weight > 0 and cfg.kl_fraction < 1
 
     def velocity(params: Tree, adapter: Tree | None, x_t: Array, t: Array, conditioning: Conditioning) -> Array:
         folded = None if adapter is None else lora.fold_scale(adapter, lora_cfg)
         return editor.velocity(params, folded, x_t, t, conditioning, grid)
 
     def micro_loss(
-        theta: Tree, old: Tree, params: Tree, rows: StepBatch, t: Array, noise: Array, scalars: StepScalars
-    ) -> tuple[Array, dict[str, Array]]:
+        theta: Tree, old: Tree, params: Tree, rows: StepBatch, t: Array, noise: Array, with_ref: Array,
+        scalars: StepScalars,
+    ) -> tuple[Array, dict[str, Array]]:  # fmt: skip
         x_t = (1 - t[:, None, None]) * rows.x0 + t[:, None, None] * noise
         v_theta = velocity(params, theta, x_t, t, rows.conditioning)
         if cfg.old_decay_type == 0:  # the old policy is the trained one, bit for bit: no second forward
             v_old = jax.lax.stop_gradient(v_theta)
         else:
             v_old = jax.lax.stop_gradient(velocity(params, old, x_t, t, rows.conditioning))
-        v_ref = None
+        v_ref = ref_weight = None
         if cfg.kl_weight > 0:
-            v_ref = jax.lax.stop_gradient(velocity(params, None, x_t, t, rows.conditioning))
+            reference = functools.partial(velocity, params, None, x_t, t, rows.conditioning)
+            if some_pairs:  # all devices choose the same pairs, so they meet in the collectives of this forward
+                v_ref = jax.lax.cond(with_ref, reference, lambda: jnp.zeros_like(v_theta))
+                ref_weight = jnp.broadcast_to(with_ref.astype(jnp.float32) / cfg.kl_fraction, t.shape)
+            else:
+                v_ref = reference()
+            v_ref = jax.lax.stop_gradient(v_ref)
         output = objective(
             ObjectiveInputs(
                 x0=rows.x0,
@@ -149,6 +177,7 @@ def make_train_step(
                 v_old=v_old,
                 v_theta=v_theta,
                 v_ref=v_ref,
+                ref_weight=ref_weight,
                 preserve_latent=rows.preserve_latent,
                 r=rows.r,
                 token_weight=rows.token_weight if cfg.r_granularity == "token" else None,
@@ -172,8 +201,7 @@ def make_train_step(
         """Gradients and metrics of all micro-batches; runs on one share of the samples."""
 
         def one_timestep(carry: tuple, inputs: tuple, rows: StepBatch) -> tuple[tuple, None]:
-            t, noise = inputs
-            grads, metrics = jax.grad(micro_loss, has_aux=True)(theta, old, params, rows, t, noise, scalars)
+            grads, metrics = jax.grad(micro_loss, has_aux=True)(theta, old, params, rows, *inputs, scalars)
             return jax.tree.map(jnp.add, carry, (grads, metrics)), None
 
         def one_micro_batch(index: Array, carry: tuple) -> tuple:
@@ -186,35 +214,49 @@ def make_train_step(
                 return sample_timesteps(time_key, levels, num_timesteps, cfg.timestep_choice), noise
 
             t, noise = jax.vmap(draw, out_axes=1)(rows.sample)  # [T, micro], [T, micro, n, c]
-            return jax.lax.scan(lambda c, xs: one_timestep(c, xs, rows), carry, (t, noise))[0]
+            return jax.lax.scan(lambda c, xs: one_timestep(c, xs, rows), carry, (t, noise, with_ref[index]))[0]
 
+        with_ref = jnp.ones((len(batch.valid), num_timesteps), bool)
+        if some_pairs:
+            ref_key = jax.random.fold_in(scalars.key, _REFERENCE)
+            with_ref = reference_pairs(ref_key, scalars.num_micro, with_ref.shape, cfg.kl_fraction)
         rows = jax.tree.map(lambda x: x[0], batch)
         shapes = jax.eval_shape(
             lambda: jax.grad(micro_loss, has_aux=True)(
-                theta, old, params, rows, rows.valid.astype(jnp.float32), jnp.zeros(rows.x0.shape), scalars
+                theta,
+                old,
+                params,
+                rows,
+                rows.valid.astype(jnp.float32),
+                jnp.zeros(rows.x0.shape),
+                with_ref[0, 0],
+                scalars,
             )
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         totals = jax.lax.fori_loop(0, scalars.num_micro, one_micro_batch, zeros)
         return jax.tree.map(lambda x: x[None], totals)
 
-    everywhere = PartitionSpec()
-    weights = manual_specs(editor.network(editor.abstract()), mesh)
-    accumulate = jax.shard_map(
-        accumulate,
-        mesh=mesh,
-        in_specs=(everywhere, everywhere, weights, PartitionSpec(None, SAMPLE_AXES), everywhere),
-        out_specs=PartitionSpec(SAMPLE_AXES),
-        axis_names=frozenset(SAMPLE_AXES),
-        check_vma=False,  # gradients of the replicated adapters stay local
-    )
+    def accumulate_everywhere(*inputs: Any) -> tuple[Tree, dict]:
+        """``accumulate`` on all devices: gradients and metrics of each share, in front."""
+        axes = (*SAMPLE_AXES, *editor.token_axes(inputs[3].conditioning, grid, mesh))
+        everywhere, samples = PartitionSpec(), PartitionSpec(None, SAMPLE_AXES)
+        weights = manual_specs(editor.network(editor.abstract()), mesh)
+        return jax.shard_map(
+            accumulate,
+            mesh=mesh,
+            in_specs=(everywhere, everywhere, weights, samples, everywhere),
+            out_specs=(PartitionSpec(axes), PartitionSpec(SAMPLE_AXES)),  # metrics are the same along the others
+            axis_names=frozenset(axes),
+            check_vma=False,  # gradients of the replicated adapters stay local
+        )(*inputs)
 
     def train_step(
         state: TrainState, params: Tree, batch: StepBatch, scalars: StepScalars
     ) -> tuple[TrainState, dict[str, Array], Tree]:
-        shards = accumulate(state.theta, state.old, editor.network(params), batch, scalars)
-        # The one reduction over the samples. It is written as a sum of shards outside the manual region because a psum
-        # inside it does not compile when another mesh axis is automatic.
+        shards = accumulate_everywhere(state.theta, state.old, editor.network(params), batch, scalars)
+        # The one reduction over samples and tokens. It is written as a sum of shards outside the manual region because
+        # a psum inside it does not compile when another mesh axis is automatic.
         grads, metrics = jax.tree.map(lambda x: x.sum(axis=0), shards)
         if sharded_adapters:
             grads = jax.lax.with_sharding_constraint(grads, adapter_shardings(grads, mesh, sharded=True))

@@ -2,18 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from cocoedit_jax.annotation import run
 from cocoedit_jax.annotation.store import Store
 from cocoedit_jax.errors import UserError
+from tests.annotation import helpers
 from tests.annotation.helpers import answer, contents
 
 
-def failed(line, status=None):
-    response = None if status is None else {"status_code": status, "body": {"error": {"message": "no"}}}
-    return {"id": "vllm-1", "custom_id": line["custom_id"], "response": response, "error": {"message": "timed out"}}
+def failed(line, status=None, body=None):
+    """As vllm run-batch tells of a request that failed: the message beside the response, which has no body."""
+    response = None if status is None else {"status_code": status, "request_id": "r", "body": body}
+    return {"id": "vllm-1", "custom_id": line["custom_id"], "response": response, "error": {"message": "too long"}}
 
 
 def requests_of(folder, stage):
@@ -61,9 +64,11 @@ def test_failed_and_foreign_replies(settings, photos, tmp_path, capsys):
     assert "4 records taken on, 3 without a usable reply" in capsys.readouterr().out
     waiting = [a for n in range(6) for a in Store.open(out).read(n) if a.stage == "load" and a.status == "pending"]
     assert [a.reason for a in waiting] == ["no_reply", "no_reply", "refused_request"]
+    assert "too long" in waiting[0].detail and waiting[2].detail == "bad_request: status 400, too long"
     for rows, message in (
         (asked, "file of requests"),
         ([{**answer(asked[0]), "custom_id": "mine"}], "none of --emit_batch"),
+        ([{**answer(asked[0]), "response": {"status_code": "OK"}}], "status_code 'OK', expected a number"),
         ([{**answer(asked[0]), "custom_id": asked[0]["custom_id"][:-8] + "00000000"}], "other settings"),
         ([], "expected those of one stage"),
     ):
@@ -74,11 +79,76 @@ def test_failed_and_foreign_replies(settings, photos, tmp_path, capsys):
         run.annotate(settings, out, accept_batch=[str(tmp_path / "cut.jsonl")])
 
 
+def classified(settings, photos, out):
+    run.annotate(settings, out, source=str(photos), emit_batch="classify")
+    replies = write(out.parent / "c.jsonl", [answer(line) for line in requests_of(out, "classify")[1]])
+    run.annotate(settings, out, accept_batch=[replies])
+
+
+def test_a_request_that_is_always_refused_does_not_hold_up_the_others(settings, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    patient = replace(settings, models=replace(settings.models, max_unanswered=0.2))
+    classified(patient, photos, out)
+    outcome = None
+    for stage in ("box", "rewrite", "score"):
+        run.annotate(patient, out, emit_batch=stage)
+        asked = requests_of(out, stage)[1]
+        rows = [answer(line) for line in asked]
+        if stage == "box":
+            openai = {"error": {"message": "too many pixels", "param": "messages"}}
+            rows[-1] = failed(asked[-1], 400, openai)
+        outcome = run.annotate(patient, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])
+    assert outcome is not None and outcome.by_reason["dead: refused_request"] == 1
+    (dead,) = [row for row in helpers.lines(out / "dead.jsonl") if row["reason"] == "refused_request"]
+    assert dead["detail"] == "bad_request: status 400, field 'messages': too many pixels"
+    assert "9 records taken on, 0 without" in capsys.readouterr().out
+
+
+def test_replies_beside_the_requests_are_left_alone(settings, photos, tmp_path):
+    out = tmp_path / "out"
+    for _ in range(2):
+        run.annotate(settings, out, source=str(photos), emit_batch="classify")
+        (out / "batches/classify-000000-00001.jsonl").touch()  # of an earlier time, when there were more
+        (out / "batches/classify-000000-00000-replies.jsonl").write_text("paid for")
+    assert run.annotate(settings, out, emit_batch="classify") is None
+    left = sorted(path.name for path in (out / "batches").iterdir())
+    assert left == ["classify-000000-00000-replies.jsonl", "classify-000000-00000.jsonl"]
+
+
+def test_files_have_a_size(settings, photos, tmp_path):
+    out = tmp_path / "out"
+    small = replace(settings, engine=replace(settings.engine, batch_mib=0.3))
+    classified(small, photos, out)
+    run.annotate(small, out, emit_batch="box")
+    files, asked = requests_of(out, "box")
+    assert len(asked) == 9 + 1 and len(files) > 1
+    assert all(path.stat().st_size <= 0.3 * 2**20 or path.read_bytes().count(b"\n") == 1 for path in files)
+    few = replace(settings, engine=replace(settings.engine, batch_requests=4))
+    run.annotate(few, out, emit_batch="box")
+    assert [len(path.read_bytes().splitlines()) for path in requests_of(out, "box")[0]] == [4, 4, 2]
+
+
+def test_log_probabilities_are_missed_also_where_a_reply_failed(settings, photos, tmp_path):
+    out = tmp_path / "out"
+    classified(settings, photos, out)
+    for stage in ("box", "rewrite", "score"):
+        run.annotate(settings, out, emit_batch=stage)
+        asked = requests_of(out, stage)[1]
+        rows = [answer(line) for line in asked]
+        if stage == "score":
+            for row in rows:
+                row["response"]["body"]["choices"][0]["logprobs"] = None
+            rows[0] = failed(asked[0], 503)
+            with pytest.raises(UserError, match="no log-probabilities"):
+                run.annotate(settings, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])
+        else:
+            run.annotate(settings, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])
+    assert all(a.status != "dead" or a.reason == "unreadable_image" for n in range(6) for a in Store.open(out).read(n))
+
+
 def test_the_test_picture_comes_back_wrong(settings, photos, tmp_path):
     out = tmp_path / "out"
-    run.annotate(settings, out, source=str(photos), emit_batch="classify")
-    replies = write(tmp_path / "c.jsonl", [answer(line) for line in requests_of(out, "classify")[1]])
-    run.annotate(settings, out, accept_batch=[replies])
+    classified(settings, photos, out)
     run.annotate(settings, out, emit_batch="box")
     _, asked = requests_of(out, "box")
     rows = [answer(line) for line in asked]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from cocoedit_jax.annotation import run
-from cocoedit_jax.annotation.ray_engine import StageActor
+from cocoedit_jax.annotation.ray_engine import StageActor, shares
 from cocoedit_jax.errors import UserError
 from tests.annotation.helpers import contents
 
@@ -16,14 +16,23 @@ from tests.annotation.helpers import contents
 def test_as_without_ray(done, settings, photos, tmp_path):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    small = {"workers": 1, "cpus": 0.1, "mask_workers": 1, "mask_gpus": 0.0}
-    chosen = replace(settings, engine=replace(settings.engine, ray=small))
     out = tmp_path / "out"
     try:
-        assert run.annotate(chosen, out, source=str(photos), engine_name="ray") == done[1]
+        assert run.annotate(settings, out, source=str(photos), engine_name="ray") == done[1]
     finally:
         ray.shutdown()
     assert contents(out) == contents(done[0])
+
+
+def test_what_workers_reserve_is_there(settings):
+    """Else Ray waits for it, and says nothing."""
+    sam = replace(settings, mask=replace(settings.mask, segmenter="sam2"))
+    assert settings.mask.segmenter == "box" and settings.engine.ray["mask_gpus"] == 1
+    cpus, gpus = shares(settings, {"CPU": 2.0})
+    assert gpus == 0 and 0 < cpus and cpus * (5 * 2 + 1) <= 2
+    assert shares(sam, {"CPU": 64.0, "GPU": 1.0}) == (1.0, 1.0)
+    with pytest.raises(UserError, match="1 mask workers want 1 GPUs, the cluster has 0; set --config.engine.ray.mask"):
+        shares(sam, {"CPU": 64.0})
 
 
 def test_what_a_worker_refuses_travels_as_data(settings, photos, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +16,13 @@ from PIL import Image
 from cocoedit_jax.annotation import engine, run
 from cocoedit_jax.annotation.fake import FakeModel
 from cocoedit_jax.annotation.record import read_annotations
+from cocoedit_jax.annotation.settings import check
 from cocoedit_jax.annotation.store import Store, file_stem, parse_range
 from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.records import read_records, source_key
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.rewards.chat import ChatReply, Failure
+from configs.annotate import get_config
 from tests.annotation.helpers import contents, finish, lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,9 +104,52 @@ def test_repeats_leave_the_best(settings, photos, tmp_path):
     assert len(set(groups)) == 2 and groups.count(None) == 1
     sources = [source_key(record) for record in read_records(tmp_path / "out", Framing(64)).records]
     assert len(set(sources)) == 2, "what looks the same stays on one side of training's split"
+    # How near is near is a setting.
+    strict = replace(low, filter=replace(low.filter, near_colour=0.0))
+    assert finish(strict, tmp_path / "out", refilter=True).kept == 4
+    with pytest.raises(UserError, match="near_bits=17; expected a whole number from 0 to 16"):
+        wide = get_config()
+        wide.filter.near_bits = 17
+        check(wide.to_dict())
     # Equal files only: these are not.
     exact = replace(low, filter=replace(low.filter, duplicates="exact"))
     assert finish(exact, tmp_path / "out", refilter=True).kept == 4
+
+
+def test_lines_that_repeat_are_duplicates(settings, photos, tmp_path):
+    """Without an id of their own, they are no reason to refuse the whole input."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.link(photos / "coffee.jpg", folder / "a.jpg")
+    line = json.dumps({"image": "a.jpg", "prompt": "make it red"}) + "\n"
+    (folder / "prompts.jsonl").write_text(line * 3)
+    low = replace(settings, filter=replace(settings.filter, min_mask_accuracy=0.0, min_clarity=0.0))
+    outcome = finish(low, tmp_path / "out", source=str(folder))
+    assert outcome.kept == 1 and outcome.by_reason == {"rejected: duplicate": 2}
+    (folder / "prompts.jsonl").write_text(line.replace("{", '{"id": "mine", ') * 2)
+    with pytest.raises(UserError, match="line 2: id 'mine' was used on line 1"):
+        run.annotate(low, tmp_path / "other", source=str(folder))
+
+
+def test_originals_may_go_once_they_are_copied(settings, photos, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(photos / "coffee.jpg", folder)
+    before = finish(settings, out, source=str(folder), prompt="make it red")
+    shutil.rmtree(folder)
+    assert before.kept == 1 and run.annotate(settings, out, refilter=True) == before
+    assert len(read_records(out, Framing(64)).records) == 1
+
+
+def test_output_inside_of_what_is_searched_for_pictures(settings, photos, tmp_path):
+    for name in ("coffee.jpg", "prompts.jsonl"):
+        shutil.copy(photos / name, tmp_path)
+    with pytest.raises(UserError, match="lies in --input"):
+        run.annotate(settings, tmp_path / "out", source=str(tmp_path), prompt="make it red")
+    run.annotate(settings, tmp_path / "out", source=str(tmp_path), emit_batch="classify")  # a list, nothing searched
+    (tmp_path / "prompts.jsonl").unlink()
+    with pytest.raises(UserError, match="lies in --input"):
+        run.annotate(settings, tmp_path / "out", source=str(tmp_path))
 
 
 def test_job_arrays(done, settings, photos, tmp_path, capsys):

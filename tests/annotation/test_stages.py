@@ -153,7 +153,8 @@ def test_the_rewritten_instruction(rules):
 
 
 def digits(**p):
-    return ((*(TokenLogprob(token.removeprefix("d"), math.log(q)) for token, q in p.items()),),)
+    others = (TokenLogprob(letter, -9999.0) for letter in "ABCDE")
+    return ((*(TokenLogprob(token.removeprefix("d"), math.log(q)) for token, q in p.items()), *others),)
 
 
 def test_scores_are_expectations_over_digits(rules):
@@ -168,6 +169,8 @@ def test_scores_are_expectations_over_digits(rules):
         "mask_accuracy": ChatReply("m", "The", digits(The=0.7, d3=0.3)),
         "prominence": ChatReply("p", "2", None),
     }
+    alone = replies | {"clarity": ChatReply("c", "5", ((TokenLogprob("5", -0.1), TokenLogprob("!", -9999.0)),))}
+    assert take("score", state, alone, rules).scores["clarity"] is None, "the sampled digit alone is no distribution"
     after = take("score", state, replies, rules)
     assert after.scores["clarity"] == pytest.approx((5 * 0.6 + 4 * 0.2) / 0.8 / 5)
     assert after.scores["mask_accuracy"] is None, "less than half of the probability is on digits"

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from cocoedit_jax.data.groups import groups_for_step, plan_samples
+from cocoedit_jax.data.groups import groups_for_step, plan_samples, refill_groups
 from cocoedit_jax.errors import UserError
 
 
@@ -89,3 +89,22 @@ def test_plan():
 
 def test_a_group_is_keyed_by_its_record():
     assert plan_samples(np.array([5, 2, 5]), 2).group.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_refilled_groups_are_new_to_the_step_and_leave_the_stream_alone():
+    buckets, banned = [0, 1] * 20, {1, 3, 5}
+    for step in range(12):
+        taken = groups_for_step(2, step, 6, 40, banned, buckets)
+        for number in (1, 2):
+            more = refill_groups(2, step, number, 4, 40, taken, banned, buckets)
+            assert len(set(more.tolist())) == 4 and not set(more.tolist()) & (set(taken.tolist()) | banned)
+            assert {buckets[record] for record in more} == {buckets[taken[0]]}
+            np.testing.assert_array_equal(more, refill_groups(2, step, number, 4, 40, taken, banned, buckets))
+            taken = np.concatenate([taken, more])
+    first = [refill_groups(2, *place, 4, 1000, np.arange(6)).tolist() for place in ((0, 1), (0, 2), (1, 1))]
+    assert len({tuple(records) for records in first}) == 3
+
+
+def test_refilling_ends_with_the_records():
+    assert set(refill_groups(0, 0, 1, 4, 8, np.array([0, 2, 4]), {1, 3, 5}).tolist()) == {6, 7}
+    assert len(refill_groups(0, 0, 1, 4, 4, np.arange(4))) == 0

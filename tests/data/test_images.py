@@ -124,6 +124,14 @@ def test_transparency_is_white(tmp_path):
     np.testing.assert_array_equal(load_pair(tmp_path / "p.png", mask, Framing(16))[0], 1)
 
 
+def test_gray_of_floats(tmp_path):
+    mask = save(tmp_path / "m.tif", half_mask(16, 16).astype(np.float32) / 255)
+    image = save(tmp_path / "i.tif", np.full((16, 16), 0.2, np.float32))
+    pixels, edit_mask, _ = load_pair(image, mask, Framing(16))
+    np.testing.assert_allclose(pixels, 0.2, atol=1e-6)
+    np.testing.assert_array_equal(edit_mask, np.repeat([[0.0] * 8 + [1.0] * 8], 16, axis=0))
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "I;16"])
 def test_mask_modes(tmp_path, mode):
     mask = Image.fromarray(half_mask(16, 16))

@@ -101,6 +101,16 @@ def test_the_picture_is_resized_as_diffusers_does(folder, pipeline):
     assert np.abs(ours - theirs).max() < PIXELS
 
 
+def test_edits_are_split_over_devices(folder, pipeline):
+    """Two shares of samples on four devices: each device is given half of a batch that fills both."""
+    editor, params = load(folder, pipeline)
+    program = PictureEditor(editor, params, None, EditOptions(batch_size=3))
+    assert (program.shards, program.batch_size) == (2, 4)
+    count = lambda params, adapter, images, text, negative, noise: jnp.full(len(noise), len(noise))  # noqa: E731
+    zeros = np.zeros((4, 1), np.float32)
+    assert jax.jit(program._split(count))(params, None, [zeros], zeros, None, zeros).tolist() == [2] * 4
+
+
 @pytest.mark.slow
 def test_a_preferred_size_end_to_end(folder, pipeline):
     """The pipeline's own resizing of a portrait whose shape changes class when its sides are cut to multiples of 16."""

@@ -7,10 +7,11 @@ import pytest
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.planning import compiler, predict, rows, tables
-from cocoedit_jax.planning.chips import GIB, parse_topology
 from cocoedit_jax.planning.compiler import Cache, parse_out_of_memory
 from cocoedit_jax.planning.page import page
+from cocoedit_jax.planning.topology import parse_topology
 from cocoedit_jax.planning.workload import Workload, choose_candidates
+from cocoedit_jax.sharding.chips import GIB
 from cocoedit_jax.train.plan import memory
 from configs import flux_kontext
 
@@ -114,6 +115,15 @@ def test_out_of_memory_is_a_row_and_nothing_is_compiled_twice(planned, workload)
     flops = predict.executed_flops(workload, workload.editor("full", "xla"), "full")
     assert train["roofline"]["compute"] == pytest.approx(flops["train"] / 16 / 197e12)
     assert found[0]["step_seconds"] == train["roofline"]["seconds"] + rollout["roofline"]["seconds"]
+
+
+def test_a_slice_that_cannot_be_described_is_named(monkeypatch):
+    def refuse(name, platform):
+        raise RuntimeError("Topology v5e:3x5 is not known\nmore")
+
+    monkeypatch.setattr(compiler.topologies, "get_topology_desc", refuse)
+    with pytest.raises(UserError, match=r"--topology=v5e:3x5: Topology .* is not known\nexpected the TPU compiler"):
+        compiler.load_topology(parse_topology("v5e:3x5"))
 
 
 def test_recommendation(planned, workload):

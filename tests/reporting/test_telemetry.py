@@ -114,3 +114,11 @@ def test_progress_over_an_iterable():
     out = io.StringIO()
     assert list(progress([1, 2, 3], "loading", initial=2, file=out)) == [1, 2, 3]
     assert "5/5" in out.getvalue()
+
+
+def test_all_processes_but_one_write_nothing(tmp_path):
+    with Telemetry(tmp_path / "run", active=False) as telemetry:
+        telemetry.truncate(0)
+        telemetry.log(1, {"loss": 1.0})
+        telemetry.image(1, "rollout", np.zeros((4, 4, 3)))
+    assert not list(tmp_path.iterdir())

@@ -88,6 +88,7 @@ class FakeJudge:
         self.random_faults: Sequence[str] = TRANSIENT
         self.scorer, self.delay, self.retry_after = scorer, 0.0, "0.05"
         self.models = [MODEL]
+        self.roots: dict[str, str] = {}  # as vLLM names what a model was loaded from
         self.reply: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda body: None  # in place of its own
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -151,9 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         assert self.path == "/v1/models", self.path
-        self._send(
-            200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.server.judge.models]}
-        )
+        judge = self.server.judge
+        entries = [{"id": name, "object": "model"} for name in judge.models]
+        for entry in entries:
+            entry |= {"root": judge.roots[entry["id"]]} if entry["id"] in judge.roots else {}
+        self._send(200, {"object": "list", "data": entries})
 
     def do_POST(self) -> None:
         judge = self.server.judge
@@ -177,7 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.isdigit():
             said = STATUS_BODY.get(int(fault), {"error": {"message": "not now"}})
             key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-            self._send(int(fault), json.loads(json.dumps(said).replace("{key}", key)), Retry_After=judge.retry_after)
+            headers = {"Retry_After": judge.retry_after, "Location": f"{judge.url}/elsewhere"}
+            self._send(int(fault), json.loads(json.dumps(said).replace("{key}", key)), **headers)
         elif fault == "hang":
             judge.ending.wait(60)
             self.close_connection = True

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.rewards.api_key import Secret
 from cocoedit_jax.rewards.chat import (
     ChatClient,
     ChatReply,
@@ -23,7 +24,7 @@ from cocoedit_jax.rewards.chat import (
     user_message,
 )
 from cocoedit_jax.rewards.chat_protocol import explain_status
-from tests.rewards.fake_judge import MODEL, TRANSIENT, FakeJudge
+from tests.rewards.fake_judge import MODEL, STATUS_BODY, TRANSIENT, FakeJudge
 
 
 @pytest.fixture
@@ -144,6 +145,16 @@ def test_a_server_that_returns_is_used_again():
             assert len(back.bodies) > 3
 
 
+def test_every_attempt_has_a_name_of_its_own(server):
+    """Older vLLM refuses the name of a request that it still computes, with 400, which would end the run."""
+    server.faults = ["hang", "500"]
+    with client(server.url) as c:
+        (reply,) = c.complete_all([ask(request_id="r-1")], 5)
+    assert reply.ok and reply.request_id == "r-1" and reply.attempts == 3
+    names = [headers["x-request-id"] for headers in server.headers]
+    assert names[0] == "r-1" and len(set(names)) == 3 and all(name.startswith("r-1") for name in names)
+
+
 def test_groups_stay_on_one_server_and_servers_share_the_groups():
     with FakeJudge(scorer=lambda b: 0.4) as one, FakeJudge(scorer=lambda b: 0.4) as two:
         one.delay = two.delay = 0.02
@@ -205,6 +216,29 @@ def test_the_key_is_sent_and_never_shown(server, monkeypatch, tmp_path, caplog):
     with client(server.url, key_file=str(tmp_path / "key")) as c:
         c.complete_all([ask()], 5)
     assert server.headers[-1]["authorization"] == f"Bearer {key}"
+
+
+def test_no_part_of_the_key_is_left_where_words_are_cut(monkeypatch):
+    key = "sk-0123456789abcdef"
+    monkeypatch.setenv("JUDGE_KEY", key)
+    for length in range(470, 510):
+        raw = b"x" * length + key.encode()
+        secret = Secret(key)
+        said = secret.hide(explain_status(401, secret.hide_bytes(raw)))
+        assert not any(key[:n] in said for n in range(5, len(key)))
+    with FakeJudge(scorer=lambda body: 0.4) as server:
+        server.faults, said = ["401"], {"error": {"message": "y" * 494 + " {key}"}}
+        monkeypatch.setitem(STATUS_BODY, 401, said)
+        with client(server.url, key_env="JUDGE_KEY") as c:
+            (reply,) = c.complete_all([ask()], 5)
+        assert failure(reply).message.endswith("yyy <key>")
+        server.reply = lambda body: {"choices": [{"said": key}]}
+        with client(server.url, key_env="JUDGE_KEY") as c:
+            (reply,) = c.complete_all([ask()], 5)
+        assert failure(reply).cause == "garbled" and "<key>" in failure(reply).message and key not in repr(reply)
+    with pytest.raises(UserError, match="expected the name of an environment variable") as error:
+        ChatClient(["http://127.0.0.1:1"], key_env=key)  # the key where its variable should be
+    assert key not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 import json
 import math
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from openai.types.chat import ChatCompletion
+from openai.types.model import Model
+from openai.types.shared import ErrorObject
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.rewards.chat_protocol import Garbled, TokenLogprob, parse_completion
+from cocoedit_jax.rewards.chat_protocol import Garbled, TokenLogprob, explain_status, parse_completion
 from cocoedit_jax.rewards.judge_prompt import COMBINE, load_prompt, prompt_names
 from cocoedit_jax.rewards.judge_score import digit_of, digit_score, top_tokens
 
@@ -42,6 +46,27 @@ def test_leading_spaces_count_as_the_digit():
     assert digit_score(found).mass == pytest.approx(mass, abs=1e-12)
 
 
+def test_the_sampled_digit_alone_is_no_distribution():
+    """vLLM replaces the candidates of a whole batch when one of its requests has logprob_token_ids."""
+    found = candidates("vllm_mixed_batch.json")
+    assert [c.token for c in found] == ["4", "!"] and math.exp(found[0].logprob) > 0.6
+    for few in (found, [TokenLogprob(str(d), math.log(0.19)) for d in range(5)], [TokenLogprob("4", -0.1)] * 20):
+        assert math.isnan(digit_score(few).score) and digit_score(few).mass == 0.0
+    assert digit_score(candidates("vllm_token_ids.json")).mass > 0.98  # six are enough
+
+
+@pytest.mark.parametrize("path", sorted(REPLIES.glob("*.json")), ids=lambda path: path.stem)
+def test_replies_are_those_of_the_protocol(path):
+    """The files under replies/ are valid for OpenAI's own types. vLLM's were written by the serving code of 0.33.0."""
+    reply = json.loads(path.read_text())
+    if "choices" in reply:
+        ChatCompletion.model_validate(reply, strict=True)
+    elif "data" in reply:
+        assert [Model.model_validate(entry, strict=True).id for entry in reply["data"]] == ["judge"]
+    else:
+        assert ErrorObject.model_validate(reply["error"] | {"code": str(reply["error"]["code"])}, strict=True).message
+
+
 def test_little_mass_is_seen_and_the_likeliest_tokens_told():
     found = digit_score(candidates("vllm_low_mass.json"))
     assert found.mass < 0.1
@@ -67,11 +92,14 @@ def test_which_tokens_are_digits(token, raw, digit):
 
 
 def test_extremes():
-    certain = digit_score([TokenLogprob("5", 0.0), TokenLogprob("5", 0.0)])  # listed twice
+    others = [TokenLogprob(letter, -9999.0) for letter in "ABCDE"]
+    certain = digit_score([TokenLogprob("5", 0.0), TokenLogprob("5", 0.0), *others])  # listed twice
     assert (certain.score, certain.mass, certain.entropy) == (1.0, 1.0, 0.0)
+    twice = digit_score([TokenLogprob(d, math.log(0.5)) for d in "550"] + others)
+    assert twice.score == pytest.approx(0.5) and twice.mass == pytest.approx(1.0)
     even = digit_score([TokenLogprob(str(d), math.log(1 / 6)) for d in range(6)])
     assert even.score == pytest.approx(0.5) and even.entropy == pytest.approx(math.log(6))
-    nothing = digit_score([TokenLogprob("no", 0.0), TokenLogprob("3", -9999.0)])
+    nothing = digit_score([TokenLogprob("no", 0.0), TokenLogprob("3", -9999.0), *others])
     assert math.isnan(nothing.score) and nothing.mass == 0.0
 
 
@@ -82,7 +110,11 @@ def test_extremes():
         lambda c: c["logprobs"]["content"][0]["top_logprobs"][3].update(logprob=2.0),
         lambda c: c["logprobs"]["content"][0]["top_logprobs"][3].pop("token"),
         lambda c: c["logprobs"]["content"][0].update(top_logprobs=[7]),
+        lambda c: c["logprobs"]["content"][0]["top_logprobs"][3].update(logprob=-(10**400)),
+        lambda c: c["logprobs"]["content"][0]["top_logprobs"][3].update(logprob=True),
         lambda c: c["logprobs"]["content"][0]["top_logprobs"][0].update(bytes=[300]),
+        lambda c: c["logprobs"]["content"][0]["top_logprobs"][0].update(bytes=10**9),
+        lambda c: c["logprobs"].update(content=5),
         lambda c: c.update(message=None),
         lambda c: c["message"].update(content=["4"]),
     ],
@@ -98,6 +130,49 @@ def test_malformed_replies_are_garbled(change):
 def test_what_is_no_reply_is_garbled(raw):
     with pytest.raises(Garbled):
         parse_completion(raw)
+
+
+def test_whatever_a_server_sends_is_a_reply_or_garbled():
+    """Replies and refusals with parts put in each other's place."""
+    rng = random.Random(0)
+    originals = [json.loads(path.read_text()) for path in sorted(REPLIES.glob("*.json"))]
+    originals.append({"detail": [{"loc": ["body", "x"], "msg": "no", "type": "t"}]})
+    odd = [
+        "null",
+        "true",
+        "-1",
+        "1" + "0" * 400,
+        "1.5",
+        '""',
+        '"x"',
+        '"\\ud800"',
+        "[]",
+        "[1]",
+        "{}",
+        '{"a": null}',
+        "[[]]",
+    ]
+
+    def places(node):
+        yield node
+        for child in node.values() if isinstance(node, dict) else node:
+            if isinstance(child, dict | list):
+                yield from places(child)
+
+    for _ in range(3000):
+        body = json.loads(json.dumps(rng.choice(originals)))
+        for _ in range(rng.choice([1, 1, 2])):
+            node = rng.choice([node for node in places(body) if node])
+            key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            node[key] = json.loads(rng.choice(odd))
+        raw = json.dumps(body).encode()
+        assert explain_status(400, raw).startswith("status 400, ")
+        try:
+            found = parse_completion(raw)
+        except Garbled:
+            continue
+        for place in found["logprobs"] or ():
+            assert math.isnan(digit_score(place).score) or 0.0 <= digit_score(place).score <= 1.0
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------

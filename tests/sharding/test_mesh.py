@@ -1,5 +1,7 @@
 """Mesh construction, the rule table, FLOPs by formula."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from jax.sharding import PartitionSpec
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.flux import FluxConfig
 from cocoedit_jax.sharding.flops import forward_flops, lora_gradient_flops, peak_flops
-from cocoedit_jax.sharding.mesh import AXES, make_mesh
+from cocoedit_jax.sharding.mesh import AXES, arranged, make_mesh
 from cocoedit_jax.sharding.rules import partition_spec
 
 
@@ -29,6 +31,56 @@ def test_mesh_refuses(sizes):
 def test_a_smaller_mesh_takes_the_first_devices():
     mesh = make_mesh({"data": 2, "fsdp": 1})
     assert mesh.devices.flat[0] == jax.devices()[0] and mesh.size == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of one as the order of a mesh depends on."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int = 0
+    slice_index: int | None = None
+    coords: tuple[int, ...] = ()
+    core_on_chip: int = 0
+
+
+def torus(rows, columns, slice_index=None):
+    return [
+        Device(y * columns + x + 100 * (slice_index or 0), "tpu", "TPU v5 lite", y // 2, slice_index, (x, y, 0))
+        for y in range(rows) for x in range(columns)
+    ]  # fmt: skip
+
+
+def distances(devices, rows, columns):
+    """Hops on the torus from each to the next, and from the last to the first."""
+    return [
+        sum(min(abs(p - q), n - abs(p - q)) for p, q, n in zip(a.coords, b.coords, (columns, rows, 1), strict=True))
+        for a, b in zip(devices, [*devices[1:], devices[0]], strict=True)
+    ]
+
+
+def test_an_axis_of_a_mesh_is_a_ring_of_neighbours():
+    devices = torus(4, 4)
+    assert max(distances(devices, 4, 4)) > 1  # in the order of their numbers it is none
+    assert set(distances(list(arranged(devices, (1, 16, 1, 1)).flat), 4, 4)) == {1}
+    for shape in ((4, 4, 1, 1), (1, 4, 2, 2)):
+        assert sorted(d.id for d in arranged(devices, shape).flat) == list(range(16))
+    assert [d.id for d in arranged(devices[:3], (1, 3, 1, 1)).flat] == [0, 1, 2]  # no torus: as they are
+
+
+@pytest.mark.parametrize("shape, axis", [((2, 8, 1, 1), 0), ((4, 2, 2, 1), 0), ((1, 16, 1, 1), 1)])
+def test_slices_are_along_data_or_else_fsdp(shape, axis):
+    devices = [d for pair in zip(torus(2, 4, 0), torus(2, 4, 1), strict=True) for d in pair]
+    for half, found in enumerate(np.split(arranged(devices, shape), 2, axis=axis)):
+        assert {d.slice_index for d in found.flat} == {half}
+
+
+def test_hosts_of_gpus_are_along_data():
+    devices = [Device(i, "gpu", "NVIDIA H100 80GB HBM3", process_index=i % 2) for i in range(16)]
+    for half, found in enumerate(np.split(arranged(devices, (4, 4, 1, 1)), 2)):
+        assert {d.process_index for d in found.flat} == {half}
 
 
 def test_rules():

@@ -1,6 +1,8 @@
 """SAM 2 as a segmenter, with random weights: transformers' at a tiny size, the package's at its smallest real one."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +10,11 @@ from PIL import Image
 
 from cocoedit_jax.annotation.segmenters import make_segmenter
 from cocoedit_jax.errors import UserError
-from torch_bridge import masks
+from torch_bridge import masks, require_torch
 
 torch = pytest.importorskip("torch")
+require_torch()  # before transformers, which imports torchvision where it is installed
 transformers = pytest.importorskip("transformers")
-masks.repair_torchvision(torch)  # transformers imports it where it is installed
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +101,15 @@ def test_a_missing_package_names_the_steps(tmp_path, monkeypatch):
     path = tmp_path / "sam2.1_hiera_tiny.pt"
     path.write_bytes(b"")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"torchvision is missing; .*--no-build-isolation 'sam2>=1.1,<2'"):
+    with pytest.raises(UserError, match=r"torchvision is missing; .*--no-build-isolation 'sam2>=1.1,<2'") as error:
         make_segmenter("sam2", {"checkpoint": str(path)})
+    # The same steps, word for word, in the README and in what continuous integration does.
+    root = Path(__file__).resolve().parents[2]
+    steps = re.findall(r"(?:SAM2_BUILD_CUDA=0 )?pip install [^&;]*", str(error.value))[1:]
+    assert len(steps) == 4
+    for file in ("README.md", ".ci/run"):
+        text = (root / file).read_text(encoding="utf-8").replace("python -m pip", "pip")
+        assert [step for step in steps if step.strip() not in text] == [], file
 
 
 @pytest.mark.filterwarnings("default")  # of the package and what it imports

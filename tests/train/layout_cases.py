@@ -15,6 +15,7 @@ from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
 from cocoedit_jax.models.kontext import KontextEditor
+from cocoedit_jax.models.quantize import quantize_params
 from cocoedit_jax.models.qwen import QwenConfig, QwenTransformer
 from cocoedit_jax.models.qwen_edit import QwenEditor
 from cocoedit_jax.models.text import PrecomputedText, TextStates
@@ -36,14 +37,17 @@ VAE = AutoencoderKLConfig(
 OPTIMIZER = make_optimizer(1e-3, 1e-4, 1.0)
 
 
-def editor(model: str) -> Editor:
+def editor(model: str, quantize: str = "") -> Editor:
     """Three layers of each kind, four heads; widths divide by 8. 16 tokens each of target and source, 4 of text."""
-    text, options = PrecomputedText.of({}), {"remat": "full" if model == "flux" else "none"}
+    text: Any = PrecomputedText.of({})
+    options = {"remat": "full" if model == "flux" else "none"}
     if model == "flux":
         shape = FluxConfig(12, 3, 3, 8, 4, 8, 4, True, (2, 2, 4))
-        return KontextEditor(FluxTransformer(shape, **options), IdentityAutoencoder(), text, guidance=2.5)
+        return KontextEditor(
+            FluxTransformer(shape, **options), IdentityAutoencoder(), text, guidance=2.5, quantize=quantize
+        )
     vae = AutoencoderKL(VAE)  # one picture at a time
-    return QwenEditor(QwenTransformer(QwenConfig(12, 3, 8, 4, 8, (2, 2, 4)), **options), vae, text)
+    return QwenEditor(QwenTransformer(QwenConfig(12, 3, 8, 4, 8, (2, 2, 4)), **options), vae, text, quantize=quantize)
 
 
 def grid_of(model: Editor) -> Grid:
@@ -97,7 +101,9 @@ class Case:
 
 def _place(model: Editor, layout: str) -> tuple[Any, Any]:
     mesh = layout_mesh("fsdp", devices=jax.devices()[:1]) if layout == "one" else layout_mesh(layout)
-    return mesh, jax.device_put(random_params(model), parameter_shardings(model.abstract(), mesh))
+    params = random_params(dataclasses.replace(model, quantize=""))
+    params = params | {"transformer": quantize_params(params["transformer"], model.quantize)}
+    return mesh, jax.device_put(params, parameter_shardings(model.abstract(), mesh))
 
 
 def _run(mesh: Any, function: Any, *inputs: Any) -> Case:
@@ -107,9 +113,9 @@ def _run(mesh: Any, function: Any, *inputs: Any) -> Case:
 
 
 @functools.cache
-def step(name: str, layout: str, attention: str = "auto", sharded: bool = False) -> Case:
+def step(name: str, layout: str, attention: str = "auto", sharded: bool = False, quantize: str = "") -> Case:
     """The optimizer step of model ``name`` on ``layout`` ("one": a single device)."""
-    model = with_attention(editor(name), attention)
+    model = with_attention(editor(name, quantize), attention)
     mesh, params = _place(model, layout)
     grid = grid_of(model)
     function = make_train_step(model, grid, model.sigmas(3, grid), CFG, LORA, OPTIMIZER, mesh, sharded_adapters=sharded)
@@ -135,9 +141,9 @@ def step(name: str, layout: str, attention: str = "auto", sharded: bool = False)
 
 
 @functools.cache
-def rollout(name: str, layout: str) -> Case:
+def rollout(name: str, layout: str, quantize: str = "") -> Case:
     """The sampler of model ``name`` on ``layout``, with an adapter."""
-    model = editor(name)
+    model = editor(name, quantize)
     mesh, params = _place(model, layout)
     grid = grid_of(model)
     adapter = lora.fold_scale(lora.init_adapter(jax.random.key(2), params["transformer"], LORA), LORA)

@@ -1,13 +1,14 @@
 """Every layout computes what one device does, holds what it promises, and reduces gradients once."""
 
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from cocoedit_jax.sharding.collectives import collectives
-from cocoedit_jax.sharding.mesh import DATA, FSDP, SAMPLE_AXES, TENSOR
+from cocoedit_jax.sharding.collectives import exchanges
+from cocoedit_jax.sharding.mesh import CONTEXT, DATA, FSDP, SAMPLE_AXES, TENSOR
 from cocoedit_jax.sharding.rules import RULES
 from tests.train.layout_cases import Case, rollout, step
 
@@ -52,6 +53,13 @@ def test_a_layout_computes_what_one_device_does(model, layout):
     assert np.ptp(expected_images) > 0.5
 
 
+def largest(case: Case) -> int:
+    """Numbers in the largest float array of a program on one device, but for its arguments."""
+    lines = [line for line in (case.program.as_text() or "").splitlines() if " parameter(" not in line]
+    shapes = {dims for line in lines for dims in re.findall(r"\bf32\[([\d,]+)\]", line.partition(" = ")[2])}
+    return max(math.prod(int(d) for d in dims.split(",")) for dims in shapes)
+
+
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_layout_holds_what_it_promises(model, layout):
     case = step(model, layout)
@@ -70,6 +78,11 @@ def test_a_layout_holds_what_it_promises(model, layout):
     assert memory is not None
     held = in_bytes((state, params["transformer"], batch), placed=True)
     assert held <= memory.argument_size_in_bytes <= 1.05 * held + 4096
+    # No array is larger than a share of samples and tokens needs, or than the largest weight of one layer.
+    shares = samples * case.mesh.shape[CONTEXT]
+    layer = max(kernel.size // kernel.shape[0] for _, kernel in kernels)
+    adapter = max(x.size for x in jax.tree.leaves(state.theta))
+    assert largest(case) <= max(largest(step(model, "one")) // shares, layer, adapter)
     # Nowhere in the programs is a stack of weights whole, unless every device holds it.
     for text in (case.program.as_text() or "", rollout(model, layout).program.as_text() or ""):
         for path, kernel in kernels:
@@ -77,36 +90,40 @@ def test_a_layout_holds_what_it_promises(model, layout):
             assert (f"f32[{shape}]" in text) == (share == 1), path
 
 
-def reductions_of_samples(case: Case):
-    return [c for c in exchanges(case) if c.kind in ("all-reduce", "reduce-scatter") and set(c.axes) & set(SAMPLE_AXES)]
+def found(case: Case):
+    """The exchanges of a program, each with its axes."""
+    return [(e, e.axes(case.mesh)) for e in exchanges(case.program.as_text() or "", case.mesh.size)]
 
 
-def exchanges(case: Case):
-    return collectives(case.program.as_text() or "", case.mesh)
+def reductions(case: Case):
+    """Those over samples or tokens."""
+    kinds = ("all-reduce", "reduce-scatter")
+    return [e for e, axes in found(case) if e.kind in kinds and set(axes) & {*SAMPLE_AXES, CONTEXT}]
 
 
 def check_one_reduction(case: Case) -> None:
-    """Nothing is summed over the axes of samples in a loop; outside, every gradient once, and some scalars."""
-    reductions = reductions_of_samples(case)
-    assert not [c for c in reductions if c.in_loop]
+    """Nothing is summed over the axes of samples and tokens in a loop; outside, every gradient once, and some
+    scalars."""
+    once = reductions(case)
+    assert not [e for e in once if e.in_loop]
     gradients = sum(x.size for x in jax.tree.leaves(case.inputs[0].theta))
-    summed = sum(math.prod(shape) for c in reductions for shape in c.shapes)
+    summed = sum(math.prod(shape) for e in once for shape in e.shapes)
     # A tensor axis leaves each device a share of some.
     assert gradients / case.mesh.shape[TENSOR] <= summed < gradients + 200
-    for c in exchanges(case):
-        if c.in_loop and set(c.axes) & set(SAMPLE_AXES):  # fetching weights
-            assert c.kind == "all-gather" and c.axes == (FSDP,), c
+    for e, axes in found(case):
+        if e.in_loop and set(axes) & set(SAMPLE_AXES):  # fetching weights
+            assert e.kind == "all-gather" and axes == (FSDP,), e
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
 def test_gradients_are_reduced_once(model, layout):
     case = step(model, layout)
     check_one_reduction(case)
-    fetched = [c for c in exchanges(case) if c.kind == "all-gather" and c.in_loop and FSDP in c.axes]
+    fetched = [e for e, axes in found(case) if e.kind == "all-gather" and e.in_loop and FSDP in axes]
     assert bool(fetched) == (case.mesh.shape[FSDP] > 1)
     # In sampling, nothing else crosses the axes of samples.
-    for c in exchanges(rollout(model, layout)):
-        assert not set(c.axes) & set(SAMPLE_AXES) or (c.kind, c.axes) == ("all-gather", (FSDP,)), c
+    for e, axes in found(rollout(model, layout)):
+        assert not set(axes) & set(SAMPLE_AXES) or (e.kind, axes) == ("all-gather", (FSDP,)), e
 
 
 @pytest.mark.slow
@@ -116,7 +133,13 @@ def test_sharded_adapters_give_the_same_step():
     state, whole = case.inputs[0], step("qwen", "fsdp").inputs[0]
     assert in_bytes(state, placed=True) < 0.2 * in_bytes(whole, placed=True)
     assert in_bytes(state, placed=False) == in_bytes(whole, placed=False)
-    assert not [c for c in reductions_of_samples(case) if c.in_loop]
+    assert not [e for e in reductions(case) if e.in_loop]
+
+
+@pytest.mark.slow
+def test_sequences_that_are_whole_on_every_device_give_the_same_step():
+    """A backend of one device on a context axis, which is automatic then."""
+    same_step(step("qwen", "fsdp_context", attention="blocked"), step("qwen", "one"))
 
 
 @pytest.mark.slow
@@ -124,7 +147,7 @@ def test_ring_attention_gives_the_same_step():
     case = step("qwen", "fsdp_context", attention="ring")
     same_step(case, step("qwen", "one"))
     check_one_reduction(case)
-    assert any(c.kind == "collective-permute" and c.axes == ("context",) for c in exchanges(case))
+    assert any(e.kind == "collective-permute" and axes == ("context",) for e, axes in found(case))
 
 
 def test_every_axis_of_the_rules_is_covered():

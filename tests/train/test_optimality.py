@@ -26,7 +26,9 @@ def step_inputs(judge: np.ndarray, prompts=("a", "b", "c"), seed: int = 0):
     n = len(plan)
     rollout = Rollout(
         x0=rng.standard_normal((n, GRID.tokens, 48)).astype(np.float32),
+        own=np.arange(n),
         images=np.zeros((n, SIZE, SIZE, 3), np.float32),
+        judge_counters={},
         rewards={"judge": judge, "pixel": np.full(n, 0.5)},
         reward_valid={"judge": np.isfinite(judge), "pixel": np.ones(n, bool)},
     )

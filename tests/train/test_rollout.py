@@ -14,6 +14,7 @@ from cocoedit_jax.rewards.judge import JudgeScore
 from cocoedit_jax.rewards.pixel import pixel_reward
 from cocoedit_jax.rewards.registry import EditBatch
 from cocoedit_jax.sharding.mesh import make_mesh
+from cocoedit_jax.sharding.shares import divide
 from cocoedit_jax.train.rollout import RewardQueue, collect, make_sampler
 from tests.train.tiny import SIZE, random_params, tiny_quickstart
 
@@ -49,7 +50,9 @@ def roll(batch_size: int, devices: int):
         params, jnp.asarray(batch["image"]), EDITOR.text_inputs([Instruction(prompt) for prompt in batch["prompt"]])
     )
     plan = plan_samples(np.arange(GROUPS), K)
-    out = collect(sampler, params, None, conditioning, plan, batch, jax.random.key(3), queue, batch_size)
+    out = collect(
+        sampler, params, None, conditioning, plan, batch, jax.random.key(3), queue, divide(plan.group, batch_size, mesh)
+    )
     queue.close()
     return out
 
@@ -88,3 +91,17 @@ def test_the_same_samples_in_any_batching_on_any_number_of_devices():
     # Scores stay with their images.
     np.testing.assert_allclose(reference.rewards["judge"], reference.images.mean((1, 2, 3)), rtol=1e-6)
     assert reference.reward_valid["judge"].all()
+
+
+def test_counters_of_several_processes_become_those_of_one_run():
+    class Judge:
+        averaged = ("mass",)
+
+        def __call__(self, requests):
+            return []
+
+    queue = RewardQueue(Judge(), preset("edit-r1"))
+    found = queue.merged_counters([{"scored": 3.0, "mass": 1.0}, {"scored": 1.0, "mass": 0.6, "retry/busy": 2.0}, {}])
+    queue.close()
+    np.testing.assert_allclose([found.pop(name) for name in ("scored", "mass", "retry/busy")], [4.0, 0.9, 2.0])
+    assert not found

@@ -22,6 +22,7 @@ from cocoedit_jax.train.step import (
     TrainState,
     make_optimizer,
     make_train_step,
+    reference_pairs,
     sample_timesteps,
 )
 from tests.train.tiny import SIZE, random_params, tiny_quickstart
@@ -123,13 +124,19 @@ def test_every_preset_steps_and_the_old_policy_follows(name):
         assert new.ema is None
 
 
-def test_the_step_is_the_sum_over_samples_and_timesteps():
-    """Against a plain loop: every sample's own timesteps and noise, three policies, one mean over all."""
-    changes = {"kl_weight": 0.1, "train_at_pure_noise": True}
+@pytest.mark.parametrize("kl_fraction", [1.0, 0.25])
+def test_the_step_is_the_sum_over_samples_and_timesteps(kl_fraction):
+    """Against a plain loop: every sample's own timesteps and noise, three policies, one mean over all; the KL term of
+    the chosen (micro-batch, timestep) pairs counts four times at a quarter of them."""
+    changes = {"kl_weight": 0.1, "train_at_pure_noise": True, "kl_fraction": kl_fraction}
     cfg, _, step, state, params = setup("cocoedit", {"data": 1}, devices=1, **changes)
     batch, s = random_batch(token_r=False), scalars()
     before = jax.device_get(state)
     num = cfg.num_timesteps(3)
+    chosen = np.ones((NUM_MICRO, num), bool)
+    if kl_fraction < 1:
+        chosen = np.asarray(reference_pairs(jax.random.fold_in(s.key, 2**32 - 1), NUM_MICRO, chosen.shape, kl_fraction))
+        assert chosen.sum() == 1
 
     def loss(theta):
         total = jnp.float32(0)
@@ -151,7 +158,7 @@ def test_the_step_is_the_sum_over_samples_and_timesteps():
                         x0=rows.x0, x_t=x_t, source=rows.conditioning.source, t=t, v_old=velocity(before.old),
                         v_theta=velocity(theta), v_ref=velocity(None), preserve_latent=rows.preserve_latent, r=rows.r,
                         tau_pos=rows.tau_pos, tau_neg=rows.tau_neg, patch=GRID.patch,
-                    ), cfg,
+                    ), cfg.replace(kl_weight=0.1 / kl_fraction * chosen[row, i]),
                 )  # fmt: skip
                 total += out.loss.sum() / (num * NUM_MICRO * MICRO)
         return total

@@ -33,15 +33,16 @@ from torch_bridge.judge_server.protocol import (
 )
 
 _LOG = logging.getLogger(__name__)
-_OPEN_PATHS = ("/health/live", "/health/ready")  # a supervisor has no token
+_OPEN_PATHS = ("/health", "/health/live", "/health/ready")  # a supervisor has no token
 _DISCARD_SECONDS = 5.0
 _CLIENT_GONE = 499  # for the metrics; nobody receives it
 
 
 @dataclass(frozen=True)
 class AppSettings:
-    """`name`: the model's, as requests give it; `token`: what requests must bear, empty for none. Seconds: to receive a
-    body; from its head to the reply; a batch may take before the server calls itself dead.
+    """`name`: the model's, as requests give it; `token`: what requests must bear, empty for none; `root`: what the
+    model was loaded from, if that is not its name. Seconds: to receive a body; from its head to the reply; a batch may
+    take before the server calls itself dead.
     """
 
     name: str
@@ -51,6 +52,7 @@ class AppSettings:
     body_seconds: float = 30.0
     request_seconds: float = 120.0
     stuck_seconds: float = 300.0
+    root: str = ""
 
 
 class JudgeApp:
@@ -78,6 +80,7 @@ class JudgeApp:
         routes = [
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/models", self._models),
+            Route("/health", self._ready),  # where vLLM has it
             Route("/health/live", self._live),
             Route("/health/ready", self._ready),
             Route("/metrics", self._metrics),
@@ -135,7 +138,7 @@ class JudgeApp:
 
     async def _models(self, request: Request) -> Response:
         longest = min(self.model.max_tokens, self.settings.limits.prompt_tokens + self.settings.limits.new_tokens)
-        return JSONResponse(list_models(self.settings.name, self._created, longest))
+        return JSONResponse(list_models(self.settings.name, self.settings.root, self._created, longest))
 
     # --- chat ---------------------------------------------------------------------------------------------------------
 
@@ -214,6 +217,8 @@ class JudgeApp:
             if computing.done():
                 try:
                     return computing.result()
+                except QueueFull:
+                    raise
                 except MemoryError as error:
                     raise ApiError(503, "not enough memory for this request", code="memory", retry_after=5) from error
                 except Exception as error:

@@ -30,13 +30,15 @@ class QueueFull(Exception):
 @dataclass(frozen=True)
 class BatchLimits:
     """A batch starts when it has `size` requests or its first has waited `wait_seconds`; `tokens` bounds its memory:
-    requests times the longest prompt. `queue`: requests being received, waiting or computed, at most.
+    requests times the longest prompt. At most `queue` requests are being received, waiting or computed, and those that
+    wait have `queue_tokens` in all (about 19 kB each for pictures).
     """
 
     size: int = 16
     wait_seconds: float = 0.01
     tokens: int = 2**16
     queue: int = 256
+    queue_tokens: int = 2**18
 
 
 @dataclass
@@ -98,15 +100,23 @@ class Batcher:
     def place(self) -> Iterator[None]:
         """A place in the queue, to be taken before anything of a request is read. Raises QueueFull."""
         if self._admitted >= self._limits.queue:
-            raise QueueFull(min(30, max(1, round(self._admitted * self._seconds_each))))
+            raise self._full()
         self._admitted += 1
         try:
             yield
         finally:
             self._admitted -= 1
 
+    def _full(self) -> QueueFull:
+        return QueueFull(min(30, max(1, round(self._admitted * self._seconds_each))))
+
     async def submit(self, prompt: Prompt, sampling: Sampling) -> Completion:
-        """The completion; cancelling the caller takes the request out of the queue. Raises what computing it raised."""
+        """The completion; cancelling the caller takes the request out of the queue. Raises QueueFull, or what computing
+        it raised.
+        """
+        tokens = prompt.tokens + sum(waiting.prompt.tokens for waiting in self._waiting)
+        if self._waiting and tokens > self._limits.queue_tokens:
+            raise self._full()
         waiting = _Waiting(prompt, sampling, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._arrived.set()

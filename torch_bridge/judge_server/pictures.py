@@ -6,7 +6,7 @@ import binascii
 import io
 import re
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cocoedit_jax.data.images import as_rgb
 
@@ -48,5 +48,7 @@ def decode_data_url(url: str, max_bytes: int, max_pixels: int) -> Image.Image:
             return as_rgb(ImageOps.exif_transpose(file))
     except PictureError:
         raise
+    except UnidentifiedImageError as error:  # its words are the address of an object
+        raise PictureError("not a PNG or JPEG file") from error
     except Exception as error:  # Pillow's decoders raise errors of many types on damaged files
         raise PictureError(f"not a PNG or JPEG file that can be read ({error})") from error

@@ -20,6 +20,11 @@ from torch_bridge.judge_server.pictures import PictureError, decode_data_url
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity; vLLM writes this too
 _SHOWN_FAULTS = 5
+_SAID = {
+    "stream": "expected false; replies are not streamed",
+    "n": "expected 1; there is one choice",
+    "temperature": "expected 0; decoding is greedy",
+}  # field -> what the words of the check do not say
 _MAX_PUNCTUATION = 200_000  # quotes, commas and opening brackets; a request of the most text and parts has fewer
 
 
@@ -140,7 +145,10 @@ def parse_request(body: bytes) -> ChatRequest:
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
     known = {"extra_forbidden": "this server does not know this field", "missing": "expected, but missing"}
-    lines = [f"{_field(fault['loc'])}: {known.get(fault['type'], fault['msg'])}" for fault in faults[:_SHOWN_FAULTS]]
+    lines = [
+        f"{_field(fault['loc'])}: {_SAID.get(_field(fault['loc']), known.get(fault['type'], fault['msg']))}"
+        for fault in faults[:_SHOWN_FAULTS]
+    ]
     if len(faults) > _SHOWN_FAULTS:
         lines.append(f"and {len(faults) - _SHOWN_FAULTS} more")
     raise ApiError(400, "; ".join(lines), param=_field(faults[0]["loc"]))
@@ -275,10 +283,10 @@ def write_reply(
     }
 
 
-def list_models(model: str, created: int, max_tokens: int) -> dict[str, Any]:
-    """The body of /v1/models."""
+def list_models(model: str, root: str, created: int, max_tokens: int) -> dict[str, Any]:
+    """The body of /v1/models; `root` and `max_model_len` as vLLM has them."""
     entry = {"id": model, "object": "model", "created": created, "owned_by": "cocoedit-jax"}
-    return {"object": "list", "data": [entry | {"max_model_len": max_tokens}]}
+    return {"object": "list", "data": [entry | {"root": root or model, "max_model_len": max_tokens}]}
 
 
 def with_limits(**changes: int | None) -> Limits:

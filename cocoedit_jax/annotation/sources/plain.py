@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,13 @@ def read_jsonl(path: Path) -> list[Item]:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                item = _item(json.loads(text), path.parent)
+                data = json.loads(text)
+                item = _item(data, path.parent)
                 if item.id in lines:
-                    raise ValueError(f"id {item.id!r} was used on line {lines[item.id]}")
+                    if data.get("id") is not None:
+                        raise ValueError(f"id {item.id!r} was used on line {lines[item.id]}")
+                    # The same picture and instruction once more: for the filter to reject as a duplicate.
+                    item = replace(item, id=f"{item.id}-line{number}")
             except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one
                 problems.append(f"line {number}: {error}")
                 continue
@@ -73,7 +78,8 @@ def _item(data: Any, folder: Path) -> Item:
 def pictures(folder: Path) -> Iterator[Path]:
     """Pictures below a folder, in the order of their paths; hidden files and folders are left out."""
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURES and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in PICTURES and not hidden and not path.is_dir():
             yield path
 
 

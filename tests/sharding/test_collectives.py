@@ -1,12 +1,12 @@
-"""Counts and bytes of collectives, against programs whose exchanges are known by hand."""
+"""Collectives read from programs whose exchanges are known by hand: counts, bytes, axes, loops."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from cocoedit_jax.planning.hlo import Collective, collectives, total_bytes
-from cocoedit_jax.sharding.mesh import make_mesh
+from cocoedit_jax.sharding.collectives import Total, by_kind, exchanges
+from cocoedit_jax.sharding.mesh import batch_sharding, make_mesh, replicated
 
 
 def compiled(function, sizes, *shapes, in_specs, out_specs):
@@ -33,13 +33,12 @@ def test_loops_multiply_and_bytes_are_those_of_a_ring():
     text = compiled(
         function, {"data": 2, "fsdp": 4}, (16, 6), (2, 2), in_specs=(P("fsdp"), P()), out_specs=(P("fsdp"), P())
     )
-    found = collectives(text, devices=8)
+    found = by_kind(exchanges(text, devices=8))
     assert found == {
-        "all-gather": Collective(15, 15 * 16 * 6 * 4 * 3 / 4),
-        "all-reduce": Collective(1, 2 * 2 * 2 * 4 / 2),
-        "collective-permute": Collective(3, 3 * 4 * 6 * 4),
+        "all-gather": Total(15, 15 * 16 * 6 * 4 * 3 / 4),
+        "all-reduce": Total(1, 2 * 2 * 2 * 4 / 2),
+        "collective-permute": Total(3, 3 * 4 * 6 * 4),
     }
-    assert total_bytes(found) == 15 * 288 + 16 + 288
 
 
 def test_reduce_scatter_and_all_to_all():
@@ -48,9 +47,9 @@ def test_reduce_scatter_and_all_to_all():
         return y, jax.lax.all_to_all(x, "fsdp", 0, 1, tiled=True)
 
     text = compiled(function, {"fsdp": 4}, (8, 4), in_specs=P(), out_specs=(P("fsdp"), P("fsdp")))
-    found = collectives(text, devices=4)
-    assert found["reduce-scatter"] == Collective(1, 8 * 4 * 4 * 3 / 4)
-    assert found["all-to-all"] == Collective(1, 8 * 4 * 4 * 3 / 4)
+    found = by_kind(exchanges(text, devices=4))
+    assert found["reduce-scatter"] == Total(1, 8 * 4 * 4 * 3 / 4)
+    assert found["all-to-all"] == Total(1, 8 * 4 * 4 * 3 / 4)
 
 
 def test_a_loop_of_unknown_length_runs_as_often_as_told():
@@ -58,8 +57,8 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
         return jax.lax.fori_loop(0, count[0].astype(jnp.int32), lambda i, x: jax.lax.psum(x, "fsdp"), x)
 
     text = compiled(function, {"fsdp": 4}, (1,), (8,), in_specs=(P(), P()), out_specs=P())
-    assert collectives(text, 4)["all-reduce"].count == 1
-    assert collectives(text, 4, unknown_trips=7) == {"all-reduce": Collective(7, 7 * 2 * 8 * 4 * 3 / 4)}
+    assert by_kind(exchanges(text, 4))["all-reduce"].count == 1
+    assert by_kind(exchanges(text, 4, unknown_trips=7)) == {"all-reduce": Total(7, 7 * 2 * 8 * 4 * 3 / 4)}
 
 
 # As the TPU compiler writes them: loops by their conditions, asynchronous halves, pieces, tuples, layouts with
@@ -115,11 +114,11 @@ ENTRY %main (x: bf16[64,1024]) -> bf16[64,1024] {
 
 
 def test_the_notation_of_tpu_programs():
-    assert collectives(TPU, devices=16) == {
-        "all-gather": Collective(2, 2 * 256 * 1024 * 2 * 3 / 4),
-        "all-reduce": Collective(1, 2 * 2 * 16 * 4 * 15 / 16),
-        "collective-permute": Collective(6, 6 * 64 * 1024 * 2),
-        "reduce-scatter": Collective(6, 6 * 8 * 128 * 2 * 3),
+    assert by_kind(exchanges(TPU, devices=16)) == {
+        "all-gather": Total(2, 2 * 256 * 1024 * 2 * 3 / 4),
+        "all-reduce": Total(1, 2 * 2 * 16 * 4 * 15 / 16),
+        "collective-permute": Total(6, 6 * 64 * 1024 * 2),
+        "reduce-scatter": Total(6, 6 * 8 * 128 * 2 * 3),
     }
 
 
@@ -129,4 +128,60 @@ def test_the_notation_of_tpu_programs():
 def test_sizes_of_types(dtype, size):
     line = f"  ROOT %r = {dtype}[8]{{0}} collective-permute(%x), source_target_pairs={{{{0,1}}}}\n"
     text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line}}}\n"
-    assert collectives(text)["collective-permute"].bytes == 8 * size
+    assert by_kind(exchanges(text, 2))["collective-permute"].bytes == 8 * size
+
+
+def test_collectives_of_a_program():
+    """By axis and size, in loops and outside."""
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+    def run(x, w):
+        def layer(_, x):
+            return x + jax.lax.psum(x, "tensor")
+
+        x = jax.lax.fori_loop(0, 3, layer, x)
+        return jax.lax.psum(jax.lax.all_gather(w, "fsdp", axis=0, tiled=True).sum() + x, ("data", "fsdp"))
+
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(P(("data", "fsdp")), P("fsdp")), out_specs=P(),
+        check_vma=False,
+    )  # fmt: skip
+    x = jax.device_put(jnp.ones((8, 5)), batch_sharding(mesh))
+    text = jax.jit(run).lower(x, jax.device_put(jnp.ones((4, 3)), replicated(mesh))).compile().as_text()
+    found = {(e.kind, e.axes(mesh), e.count, e.bytes, e.in_loop) for e in exchanges(text or "", mesh.size)}
+    assert found == {
+        ("all-reduce", ("tensor",), 3, 2 * 2 * 5 * 4 / 2, True),
+        ("all-gather", ("fsdp",), 1, 4 * 3 * 4 / 2, False),
+        ("all-reduce", ("data", "fsdp"), 1, 2 * 2 * 5 * 4 * 3 / 4, False),
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("replica_groups={}", ("data", "fsdp", "tensor")),
+        ("replica_groups=[4,2]<=[8]", ("tensor",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", ("data", "tensor")),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", ("data", "fsdp")),
+        ("replica_groups=mesh['x'=1,'y'=2,'z'=4], device_ids=([4,2]T(1,0)) {'y'}", ("tensor",)),
+        ("source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", ("fsdp",)),
+    ],
+)
+def test_device_groups(groups, axes):
+    kind = "collective-permute" if "pairs" in groups else "all-reduce"
+    text = (
+        f"ENTRY %main (p: f32[3]) -> f32[3] {{\n  %r = f32[3]{{0}} {kind}(%p), channel_id=1, {groups}, to_apply=%a\n}}"
+    )
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    (found,) = exchanges(text, mesh.size)
+    assert found.axes(mesh) == axes and found.shapes == ((3,),) and not found.in_loop
+    members = 2 ** len(axes)
+    assert found.bytes == (12 if kind == "collective-permute" else 2 * 12 * (members - 1) / members)
+
+
+def test_groups_of_an_unknown_form_are_refused():
+    text = "ENTRY %main (p: f32[3]) -> f32[3] {\n  %r = f32[3]{0} all-reduce(%p), replica_groups=new(2), to_apply=%a\n}"
+    with pytest.raises(ValueError, match="another form"):
+        exchanges(text, 8)

@@ -1,57 +1,14 @@
-"""The chip table, and names of slices and clusters."""
+"""Names of slices and clusters: how many devices of which chip."""
 
 import dataclasses
 import math
 import re
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.sharding.chips import CHIPS, Chip
 
-GB = 1e9
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What one device offers; figures of data sheets.
-
-    Attributes:
-        kind: "tpu", which the compiler plans for, or "gpu", planned by formula.
-        flops: dense bf16 peak, FLOP/s.
-        hbm: bytes that a program may use.
-        hbm_bandwidth: bytes/s.
-        link: bytes/s that it can send to its neighbours, over all links, one direction.
-        network: bytes/s beyond a node or slice.
-        node: devices on the fast links.
-        cores: devices per chip, where a name counts chips differently than programs do.
-        dims: of its torus.
-    """
-
-    kind: str
-    flops: float
-    hbm: float
-    hbm_bandwidth: float
-    link: float
-    network: float
-    node: int = 0
-    cores: int = 1
-    dims: int = 2
-
-
-CHIPS: dict[str, Chip] = {
-    # TPU: docs.cloud.google.com/tpu/docs/{v5e,v5p-training,v6e,tpu7x}: peak, HBM, and half of the "bidirectional ICI
-    # bandwidth per chip" (400, 1200, 800, 1200 GB/s). HBM of v5e is what its compiler allows (of 16 GiB); of the others
-    # the nominal size, lowered to the compiler's own limit where it states one.
-    "v5e": Chip("tpu", 197e12, 15.75 * GIB, 819 * GB, 200 * GB, 3.1 * GB),
-    "v5p": Chip("tpu", 459e12, 95 * GIB, 2765 * GB, 600 * GB, 6.2 * GB, dims=3),
-    "v6e": Chip("tpu", 918e12, 31.25 * GIB, 1638 * GB, 400 * GB, 12.5 * GB),
-    # Programs see the two TensorCores of a chip as two devices: half a chip each (2307 TFLOP/s, 192 GB, 7380 GB/s).
-    "tpu7x": Chip("tpu", 1153.5e12, 96 * GB, 3690 * GB, 300 * GB, 6.2 * GB, cores=2, dims=3),
-    # GPU: NVIDIA data sheets (SXM): dense bf16, HBM, NVLink 900 (B200: 1800) GB/s both directions together; one
-    # 400 Gb/s InfiniBand adapter per GPU, as in DGX systems. 5 % of the memory is the driver's and the allocator's.
-    "h100": Chip("gpu", 989e12, 0.95 * 80 * GB, 3350 * GB, 450 * GB, 50 * GB, node=8),
-    "h200": Chip("gpu", 989e12, 0.95 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, node=8),
-    "b200": Chip("gpu", 2250e12, 0.95 * 180 * GB, 7700 * GB, 900 * GB, 50 * GB, node=8),
-}  # fmt: skip
+# TPUs that the compiler describes with two devices per chip, where programs see one, cannot be planned for.
+PLANNED = {name: chip for name, chip in CHIPS.items() if name != "v4"}
 _ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x", "v5lite": "v5e"}
 
 # Shapes of slices by chips, as Cloud TPU makes them unless told otherwise. Libtpu knows none smaller than a host.
@@ -82,11 +39,16 @@ class Topology:
     def chip(self) -> Chip:
         return CHIPS[self.family]
 
-    @property
-    def link(self) -> float:
-        """Bytes/s that one device can send when all devices exchange."""
+    def bandwidth(self, stride: int, size: int) -> float:
+        """Bytes/s that each device sends in exchanges within groups of ``size`` devices, ``stride`` apart.
+
+        A group of GPUs that reaches beyond a node has as many adapters as members in a node, and NCCL's rings use all
+        of them.
+        """
         chip = self.chip
-        return chip.network if chip.node and self.devices > chip.node else chip.link
+        if not chip.node or self.devices <= chip.node or stride * size <= chip.node:
+            return chip.link
+        return min(chip.link, max(1, chip.node // stride) * chip.network)
 
 
 def parse_topology(text: str) -> Topology:
@@ -97,13 +59,13 @@ def parse_topology(text: str) -> Topology:
     """
     found = re.fullmatch(r"([a-z]+\d*[a-z]*)([:-])(\d+(?:x\d+)*)", text.strip().lower())
     family = _ALIASES.get(found.group(1), found.group(1)) if found else ""
-    if not found or family not in CHIPS:
+    if not found or family not in PLANNED:
         raise UserError(
             f"--topology={text}: expected a TPU slice as v5e:4x4 or v5p-16, or a GPU cluster as h100:8; "
-            f"of {', '.join(sorted(CHIPS))}"
+            f"of {', '.join(sorted(PLANNED))}"
         )
     chip, numbers = CHIPS[family], tuple(int(n) for n in found.group(3).split("x"))
-    if chip.kind == "gpu":
+    if chip.platform == "gpu":
         count = numbers[0]
         if len(numbers) != 1 or not count or (count > chip.node and count % chip.node):
             raise UserError(

@@ -1,0 +1,1 @@
+"""Ways to start one run on several hosts: see README.md."""

@@ -89,7 +89,7 @@ def test_precomputed_modulation_leaves_two_thirds_of_qwen():
 @pytest.mark.parametrize("kind", ["flux_kontext", "qwen_image_edit_2511"])
 def test_the_real_step_lowers_on_a_mesh(kind):
     lowered = lower_step(
-        published_editor(kind), preset("cocoedit"), lora.LoraConfig(32, 64), StepShape(micro_batch=2, samples=4),
+        published_editor(kind), preset("cocoedit"), lora.LoraConfig(32, 64), StepShape(micro_batch=8, samples=16),
         make_mesh({"data": 2, "fsdp": 4}),
     )  # fmt: skip
     assert "while" in lowered.as_text()

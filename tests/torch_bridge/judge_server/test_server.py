@@ -1,6 +1,7 @@
 """A server with the fake model, in a thread: token, limits, batching, health, connections."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -356,21 +357,29 @@ def test_slow_senders_are_cut_off():
 
 
 def test_connections_are_bounded():
-    limits = ConnectionLimits(connections=100, head_seconds=2.0)
+    limits = ConnectionLimits(connections=100, head_seconds=60.0)
     with running(FakeModel(), AppSettings("fake"), limits) as client:
         assert still_serves(client)
 
         async def flood(count):
+            opened, all_open = [], asyncio.Event()  # held connections stay until all are made, however long that takes
+
             async def one():
                 reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+                opened.append(writer)
+                if len(opened) == count:
+                    all_open.set()
                 try:
-                    return await asyncio.wait_for(reader.read(12), 1.0)
+                    await all_open.wait()
+                    return await asyncio.wait_for(reader.read(12), 3.0)
                 except TimeoutError:
                     return b"held"
                 except ConnectionError:
                     return b"reset"
                 finally:
                     writer.close()
+                    with contextlib.suppress(ConnectionError):
+                        await writer.wait_closed()
 
             return await asyncio.gather(*(one() for _ in range(count)))
 

@@ -25,12 +25,12 @@ from cocoedit_jax.models import lora
 from cocoedit_jax.reporting.telemetry import PhaseTimer, decode_number, progress, write_json
 from cocoedit_jax.rewards.judge import JudgeRequest, JudgeScore, SceneJudge
 from cocoedit_jax.train.evaluate import Evaluation, Evaluator
-from cocoedit_jax.train.loop import Trainer
 from cocoedit_jax.train.setup import Setup, build
 from cocoedit_jax.train.stop import Stop, Stopped
+from cocoedit_jax.train.trainer import Trainer
 from configs.quickstart import get_config
 
-FAULTY = {"judge.name": "benchmarks.cheaper:FaultyJudge"}
+FAULTY = {"judge.name": "benchmarks.cheaper:FaultyJudge", "max_unscored": 1.0}
 # One row each: what is changed of configs/quickstart.py, which has one timestep, no KL term and no refilling.
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -216,22 +216,17 @@ def make_train_step(
             t, noise = jax.vmap(draw, out_axes=1)(rows.sample)  # [T, micro], [T, micro, n, c]
             return jax.lax.scan(lambda c, xs: one_timestep(c, xs, rows), carry, (t, noise, with_ref[index]))[0]
 
-        with_ref = jnp.ones((len(batch.valid), num_timesteps), bool)
+        pairs = len(batch.valid), num_timesteps
+        with_ref = jnp.ones(pairs, bool)
         if some_pairs:
             ref_key = jax.random.fold_in(scalars.key, _REFERENCE)
-            with_ref = reference_pairs(ref_key, scalars.num_micro, with_ref.shape, cfg.kl_fraction)
+            with_ref = reference_pairs(ref_key, scalars.num_micro, pairs, cfg.kl_fraction)
         rows = jax.tree.map(lambda x: x[0], batch)
         shapes = jax.eval_shape(
             lambda: jax.grad(micro_loss, has_aux=True)(
-                theta,
-                old,
-                params,
-                rows,
-                rows.valid.astype(jnp.float32),
-                jnp.zeros(rows.x0.shape),
-                with_ref[0, 0],
+                theta, old, params, rows, rows.valid.astype(jnp.float32), jnp.zeros(rows.x0.shape), with_ref[0, 0],
                 scalars,
-            )
+            )  # fmt: skip
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         totals = jax.lax.fori_loop(0, scalars.num_micro, one_micro_batch, zeros)

@@ -19,8 +19,9 @@ from cocoedit_jax.models.weights import load_safetensors
 from cocoedit_jax.reporting.telemetry import read_metrics
 from cocoedit_jax.rewards import judge as judges
 from cocoedit_jax.rewards.judge import JudgeScore
-from cocoedit_jax.train.loop import NonFiniteError, train
+from cocoedit_jax.train.loop import train
 from cocoedit_jax.train.setup import build
+from cocoedit_jax.train.trainer import NonFiniteError
 from tests.train.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,15 +129,18 @@ def test_sigterm_saves_and_exits_cleanly(tiny_base, tiny_data, tmp_path):
     assert len(read_metrics(run)) == step
 
 
-def test_another_configuration_cannot_resume(config, tiny_base, tiny_data, tmp_path):
-    run = tmp_path / "run"
-    train(build(config), run)
-    other = tiny_config(tiny_base, tiny_data, **{"train.learning_rate": 1.0, "train.steps": 3})
+def test_another_configuration_cannot_resume(tiny_base, tiny_data, tmp_path, monkeypatch):
+    register(monkeypatch, "silent", lambda r: JudgeScore(None, "no answer"))
+    of_run = {"judge.name": "silent"}  # a run that ends with the checkpoint of step 0
+    config, run = tiny_config(tiny_base, tiny_data, **of_run), tmp_path / "run"
+    with pytest.raises(UserError, match="step 0 is saved"):
+        train(build(config), run)
+    other = tiny_config(tiny_base, tiny_data, **of_run, **{"train.learning_rate": 1.0, "train.steps": 3})
     with pytest.raises(UserError, match="train.learning_rate: 0.*then, 1.0 now"):
         train(build(other), run, resume=True)
     with pytest.raises(UserError, match="nothing to resume"):
         train(build(config), tmp_path / "empty", resume=True)
-    fewer = tiny_config(tiny_base, tiny_data, **{"data.held_out": 0.5, "train.steps": 3})
+    fewer = tiny_config(tiny_base, tiny_data, **of_run, **{"data.held_out": 0.5, "train.steps": 3})
     (run / "config.json").write_text(fewer.to_json())  # as if the data had changed under the same settings
     with pytest.raises(UserError, match="not those that .* was trained on"):
         train(build(fewer), run, resume=True)
@@ -217,16 +221,16 @@ def test_a_judge_that_fails_stops_the_run_and_keeps_the_checkpoint(tiny_base, ti
 
 
 def test_not_finite_stops_and_names_the_tensor(config, tmp_path, monkeypatch):
-    from cocoedit_jax.train import loop
+    from cocoedit_jax.train import trainer
 
-    original = loop.pack_step
+    original = trainer.pack_step
 
     def poisoned(*args, **kwargs):
         host, num_micro, count = original(*args, **kwargs)
         host.x0[...] = np.nan
         return host, num_micro, count
 
-    monkeypatch.setattr(loop, "pack_step", poisoned)
+    monkeypatch.setattr(trainer, "pack_step", poisoned)
     with pytest.raises(NonFiniteError, match="step 1: not finite: train/.*gradient of transformer_blocks/attn"):
         train(build(config), tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
@@ -244,7 +248,7 @@ def test_a_reward_that_is_no_number_stops_the_run(config, tmp_path, monkeypatch)
 
 def test_bans_hold_survive_a_resume_and_the_old_policy_samples(tiny_base, tiny_data, tmp_path, monkeypatch):
     """A judge that gives every edit of some records full marks solves them: they are never drawn again."""
-    from cocoedit_jax.train import loop
+    from cocoedit_jax.train import trainer
 
     def solved(record_id: str) -> bool:
         return int(record_id[-1]) % 2 == 0
@@ -254,14 +258,14 @@ def test_bans_hold_survive_a_resume_and_the_old_policy_samples(tiny_base, tiny_d
         lambda r: JudgeScore(1.0 if solved(r.record_id) else float(1000 * r.edited.mean() % 1)),
     )  # fmt: skip
     drawn, sampled_by = [], []
-    collect = loop.collect
+    collect = trainer.collect
 
     def spy(sampler, params, adapter, conditioning, plan, batch, *rest):
         drawn.append(list(batch["id"]))
         sampled_by.append(jax.device_get(adapter))
         return collect(sampler, params, adapter, conditioning, plan, batch, *rest)
 
-    monkeypatch.setattr(loop, "collect", spy)
+    monkeypatch.setattr(trainer, "collect", spy)
     settings = {
         "judge.name": "fond", "algorithm.ban": True, "rollout.groups": 6, "algorithm.ema_decay": 0.0,
         "algorithm.pixel_psnr_max_db": 1.0, "algorithm.pixel_ssim_weight": 0.0,

@@ -13,11 +13,11 @@ from cocoedit_jax.data.groups import plan_samples
 from cocoedit_jax.reporting.telemetry import PhaseTimer
 from cocoedit_jax.rewards import judge as judges
 from cocoedit_jax.rewards.judge import JudgeScore
-from cocoedit_jax.train import loop
-from cocoedit_jax.train.loop import Trainer
+from cocoedit_jax.train import trainer as trainer_module
 from cocoedit_jax.train.optimality import Drawn, Judged
 from cocoedit_jax.train.refill import refill
 from cocoedit_jax.train.setup import build
+from cocoedit_jax.train.trainer import Trainer
 from tests.train.tiny import tiny_config
 
 K = 2
@@ -123,7 +123,7 @@ def history(tiny_base, tiny_data, tmp_path_factory):
         "rollout.refill": 2, "algorithm.ban": False, "train.steps": len(STEPS), "max_unscored": 1.0,
         "algorithm.kl_weight": 0.1, "algorithm.kl_fraction": 0.5, "judge.name": "partial",
     }  # fmt: skip
-    folder, collect = tmp_path_factory.mktemp("refill"), loop.collect
+    folder, collect = tmp_path_factory.mktemp("refill"), trainer_module.collect
     rounds: list[list[str]] = []
     compiled: list[str] = []
 
@@ -147,7 +147,7 @@ def history(tiny_base, tiny_data, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(judges.JUDGES, "partial", Judge)
-        patch.setattr(loop, "collect", spy)
+        patch.setattr(trainer_module, "collect", spy)
         jax.monitoring.register_event_duration_secs_listener(listen)
         trainers = [Trainer(build(tiny_config(tiny_base, tiny_data, **settings)), folder)]
         steps = {1: take(trainers[0], 1)}

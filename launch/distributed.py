@@ -63,6 +63,20 @@ def initialize() -> None:
         _join(found)
 
 
+def alone() -> None:
+    """For a command that runs in one process, in place of ``initialize``.
+
+    Raises:
+        UserError: flags, environment or cluster tell of several, each of which would do all of it.
+    """
+    found = resolve()
+    if found is not None and found.count > 1:
+        raise UserError(
+            f"process {found.index} of {found.count}: this command runs in one process; start it once, or give "
+            "--distributed=off to the one that is to run it"
+        )
+
+
 def resolve() -> Processes | None:
     """What flags, environment and cluster say; None: a process alone. Waits for the coordinator's name at most.
 

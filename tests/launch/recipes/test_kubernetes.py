@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cocoedit_jax.sharding.chips import parse_topology
+from cocoedit_jax.planning.topology import parse_topology
 from tests.launch.recipes.calls import RECIPES, check_training, command_of, read_flags
 
 

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from cocoedit_jax.sharding.chips import parse_topology
+from cocoedit_jax.planning.topology import parse_topology
 from tests.launch.recipes.calls import RECIPES, read_flags
 
 TEXT = (RECIPES / "README.md").read_text()

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from cocoedit_jax.sharding.chips import parse_topology
+from cocoedit_jax.planning.topology import parse_topology
 from tests.launch.recipes.calls import RECIPES, Shell, check_training, command_of
 
 SCRIPT = str(RECIPES / "tpu_vm.sh")

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from cocoedit_jax.errors import UserError
-from launch import command
+from launch import command, distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file; its presets are chosen by --presets.")
 _PRESETS = flags.DEFINE_list("presets", ["edit-r1", "cocoedit", "cocoedit-routed"], "Presets to compare.")
@@ -46,4 +46,4 @@ def _overrides() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, setup=distributed.alone)

@@ -9,8 +9,6 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. launch/recipes/RE
 import dataclasses
 import os
 import re
-import socket
-import time
 from typing import Any
 
 from absl import flags
@@ -32,6 +30,7 @@ _DEVICES = flags.DEFINE_string(
     "GPUs of this host that this process uses: all, or numbers as 0,1. Default: JAX_LOCAL_DEVICE_IDS, or all; under "
     "SLURM and Open MPI with several processes on the host, the one of this process's number on it.",
 )  # fmt: skip
+_JAX_S = 60  # at least, for JAX to connect processes that are all there
 _TIMEOUT = flags.DEFINE_integer("initialization_timeout", 300, "Seconds until all must have met.", lower_bound=1)
 
 
@@ -62,6 +61,20 @@ def initialize() -> None:
     found = resolve()
     if found is not None:
         _join(found)
+
+
+def alone() -> None:
+    """For a command that runs in one process, in place of ``initialize``.
+
+    Raises:
+        UserError: flags, environment or cluster tell of several, each of which would do all of it.
+    """
+    found = resolve()
+    if found is not None and found.count > 1:
+        raise UserError(
+            f"process {found.index} of {found.count}: this command runs in one process; start it once, or give "
+            "--distributed=off to the one that is to run it"
+        )
 
 
 def resolve() -> Processes | None:
@@ -228,13 +241,11 @@ def _own_device(cluster: Any) -> list[int] | None:
 
 
 def _join(found: Processes) -> None:
-    import jax
+    import jax  # first: those that have met are at the same place
 
-    end = time.monotonic() + _TIMEOUT.value
-    if found.index == 0:
-        _check_free(found.coordinator)
-    else:
-        _wait_for(found.coordinator, end)
+    from cocoedit_jax.sharding.meeting import meet
+
+    meet(found.coordinator, found.count, found.index, _TIMEOUT.value)
     try:
         jax.distributed.initialize(
             found.coordinator,
@@ -243,45 +254,12 @@ def _join(found: Processes) -> None:
             found.devices,
             # All is known. JAX would otherwise take one device per process under SLURM and Open MPI.
             cluster_detection_method="deactivate",
-            initialization_timeout=max(1, round(end - time.monotonic())),
+            initialization_timeout=max(_TIMEOUT.value, _JAX_S),
         )
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"--initialization_timeout={_TIMEOUT.value}: not all of {found.count} processes met at "
-            f"--coordinator_address={found.coordinator} (this is process {found.index}): {error}"
+            f"--coordinator_address={found.coordinator}: the {found.count} processes met, but JAX could not connect "
+            f"them (this is process {found.index}): {error}"
         ) from error
     if found.index == 0:
         print(f"{found.count} processes, joined at {found.coordinator}", flush=True)
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _check_free(address: str) -> None:
-    """JAX ends the whole program without a message of ours when it cannot listen."""
-    port = _split(address)[1]
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    try:
-        with socket.socket(family) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("", port))
-            listener.listen()  # with SO_REUSEADDR, binding alone may succeed where another one only waits to listen
-    except OSError as error:
-        raise UserError(f"--coordinator_address={address}: process 0 cannot listen at port {port}: {error}") from error
-
-
-def _wait_for(address: str, end: float) -> None:
-    """Until process 0 listens: an address that nothing answers is told apart from processes that are missing."""
-    while True:
-        try:
-            with socket.create_connection(_split(address), timeout=max(0.1, min(5.0, end - time.monotonic()))):
-                return
-        except OSError as error:
-            if time.monotonic() >= end:
-                raise UserError(
-                    f"--coordinator_address={address}: nothing answers within --initialization_timeout="
-                    f"{_TIMEOUT.value} s ({error}); expected process 0 there, and no firewall before its port"
-                ) from error
-        time.sleep(0.5)

@@ -10,13 +10,20 @@ import jax
 import orbax.checkpoint as ocp
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.sharding import processes
+from cocoedit_jax.train.run_folder import check_seen
 from cocoedit_jax.train.step import TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, in ``RUN/checkpoints/STEP``."""
+    """The checkpoints of one run, in ``RUN/checkpoints/STEP``; each process writes its part.
+
+    Raises:
+        UserError: in all processes, when one does not see the folder that process 0 has claimed.
+    """
 
     def __init__(self, run_dir: Path, keep: int):
+        processes.gather("see run folder", lambda: None if processes.is_first() else check_seen(run_dir))
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager((run_dir / "checkpoints").resolve(), options=options)
 

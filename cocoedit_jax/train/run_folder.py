@@ -1,6 +1,7 @@
 """What a run folder says of its run: one configuration per folder, kept true when the run is continued."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def claim(run_dir: Path, config: ConfigDict, resume: bool) -> None:
         write_json(run_dir / CONFIG, json.loads(config.to_json()))
     except OSError as error:
         raise UserError(f"--run={run_dir}: cannot be written ({error})") from error
+
+
+def check_seen(run_dir: Path, seconds: float = 10.0) -> None:
+    """Whether this process sees the folder that process 0 has claimed; network disks may show it late.
+
+    Raises:
+        UserError: it does not; each process would save its part of a checkpoint on a disk of its own.
+    """
+    end = time.monotonic() + seconds
+    while not (run_dir / CONFIG).is_file():
+        if time.monotonic() > end:
+            raise UserError(f"--run={run_dir.absolute()}: made by process 0; expected a disk that all processes see")
+        time.sleep(0.2)
 
 
 def _check_continues(path: Path, run_dir: Path, now: dict[str, Any]) -> None:

@@ -55,18 +55,18 @@ class Host:
             self._process.terminate()
 
 
-def _place(ray: Any) -> list[Any]:
-    """The actors. Ends the program if the cluster has no room for them."""
+def _place(ray: Any, count: int) -> list[Any]:
+    """``count`` actors. Ends the program if the cluster has no room for them."""
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     wanted = {"CPU": _CPUS.value, "GPU": float(_GPUS.value), "TPU": float(_TPUS.value)}
     bundle = {name: amount for name, amount in wanted.items() if amount}
-    group = placement_group([bundle] * _HOSTS.value, strategy="STRICT_SPREAD" if _APART.value else "PACK")
+    group = placement_group([bundle] * count, strategy="STRICT_SPREAD" if _APART.value else "PACK")
     if not group.wait(_WAIT.value):
         where = " on nodes of their own" if _APART.value else ""
         sys.exit(
-            f"error: --hosts={_HOSTS.value}: no room for {bundle}{where} in {_WAIT.value:g} s; "
+            f"error: --hosts={count}: no room for {bundle}{where} in {_WAIT.value:g} s; "
             f"the cluster has {ray.cluster_resources()}"
         )
     return [
@@ -77,20 +77,22 @@ def _place(ray: Any) -> list[Any]:
             max_concurrency=2,  # run, and stop beside it
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
         ).remote()
-        for index in range(_HOSTS.value)
+        for index in range(count)
     ]  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     try:
         import ray
+        from ray.exceptions import RayError
     except ModuleNotFoundError:
         sys.exit("error: ray cannot be imported; install with: pip install 'cocoedit-jax[ray]'")
     stopping = []
     ray.init()
     for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which handles them too
         signal.signal(number, lambda *_: stopping.append(True))
-    hosts = _place(ray)
+    assert _HOSTS.value is not None  # marked as required
+    hosts = _place(ray, _HOSTS.value)
     common = ["-m", _MODULE.value, *argv[1:], "--distributed=on"]
     numbers: list[list[str]] = [[] for _ in hosts]
     if not _TPUS.value:  # a slice has numbered its hosts itself, and jax asks it
@@ -103,7 +105,7 @@ def main(argv: list[str]) -> None:
         for reference in done:
             try:
                 codes.append(ray.get(reference))
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 print(f"error: a host is lost ({type(error).__name__}); continue with --resume", file=sys.stderr)
                 codes.append(1)
         if not told and (stopping or any(codes)):

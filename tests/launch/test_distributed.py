@@ -1,10 +1,12 @@
 """What flags and environments say of the processes of a run; real processes that join, or cannot."""
 
+import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import dataclasses, json, os, sys
 from absl import flags
 from launch import distributed
 for arguments, environment in json.loads(sys.stdin.read()):
+    if "TPU_WORKER_ID" not in environment:
+        import jax  # once, instead of in every child; it looks for TPUs when it is imported, so theirs come first
     child = os.fork()
     if not child:
         os.environ.update(environment)
@@ -36,7 +40,7 @@ SLURM = {
     "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2",
 }  # fmt: skip
 OPEN_MPI = {
-    "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://10.0.0.9,10.1.0.9:34911", "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_MCA_orte_hnp_uri": "8192.0;tcp://10.0.0.9,10.1.0.9:34911", "OMPI_COMM_WORLD_SIZE": "4",
     "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }  # fmt: skip
 
@@ -64,10 +68,17 @@ CASES = {
     "slurm, one task": ([], SHELL | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
     "slurm, shell in a larger allocation": ([], SHELL | {"SLURM_STEP_NUM_TASKS": "1"}, None),
     "slurm, batch script": ([], {k: v for k, v in SLURM.items() if "STEP" not in k}, None),
-    "open mpi": ([], OPEN_MPI, processes("10.0.0.9:61440", 4, 3, [1])),
+    "open mpi": ([], OPEN_MPI, processes("10.0.0.9:61442", 4, 3, [1])),
     "tpu slice": (
         [], {"TPU_WORKER_HOSTNAMES": "localhost,t1,t2,t3", "TPU_WORKER_ID": "3", "JAX_FORCE_TPU_INIT": "1"},
         processes("localhost:8482", 4, 3),
+    ),
+    "second of two tpu slices": (
+        [], {
+            "TPU_WORKER_HOSTNAMES": "t0,t1,t2,t3", "TPU_WORKER_ID": "3", "JAX_FORCE_TPU_INIT": "1",
+            "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost:8081",
+        },
+        processes("localhost:8482", 8, 7),
     ),
     "one tpu host": ([], {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "JAX_FORCE_TPU_INIT": "1"}, None),
     "a pod that is told": ([], VARIABLES | {"KUBERNETES_SERVICE_HOST": "x", "JOB_COMPLETION_INDEX": "2"}, FOURTH),
@@ -95,14 +106,29 @@ def clean_environment():
     }  # fmt: skip
 
 
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Google's server of metadata, which knows nothing of further slices."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
 @pytest.fixture(scope="module")
 def resolved():
-    cases = CASES | FAULTS
-    found = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RESOLVE],
-        input=json.dumps([case[:2] for case in cases.values()]),
-        env=clean_environment(), cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    cases = dict(sorted((CASES | FAULTS).items(), key=lambda case: "TPU_WORKER_ID" not in case[1][1]))
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", RESOLVE],
+            input=json.dumps([case[:2] for case in cases.values()]),
+            env=clean_environment() | {"GCE_METADATA_IP": f"localhost:{server.server_port}"},
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        server.shutdown()
     assert found.returncode == 0, found.stderr
     return dict(zip(cases, map(json.loads, found.stdout.splitlines()), strict=True))
 
@@ -141,13 +167,26 @@ def test_two_processes_add_up():
         assert "sum 42 of 2 processes" in out  # 10 + 10 + 11 + 11
 
 
-@pytest.mark.parametrize("index, text", [(0, "cannot listen"), (1, "nothing answers")])
-def test_a_coordinator_that_cannot_be_reached(index, text):
-    """Process 0 whose port is taken, and another one with nothing at the address."""
+@pytest.mark.parametrize(
+    "index, busy, text",
+    [
+        (0, True, "process 0 cannot listen"),
+        (0, False, "process 1 of 2 did not come"),  # JAX by itself would abort the program
+        (1, False, "nothing answers"),
+    ],
+)
+def test_a_process_that_stays_alone_ends_with_one_line(index, busy, text):
     with socket.create_server(("localhost", 0)) as taken:
-        port = taken.getsockname()[1] if index == 0 else free_port()
+        port = taken.getsockname()[1] if busy else free_port()
         flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2", f"--process_id={index}"]
         process = start(*flags, "--initialization_timeout=2")
         out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and out == ""
-    assert text in err and flags[0] in err and "Traceback" not in err
+    assert err.startswith("error: ") and text in err and flags[0] in err and len(err.splitlines()) == 1, err
+
+
+def test_a_comparison_runs_in_one_process(tmp_path):
+    command = [sys.executable, "-m", "launch.compare", "--config=configs/quickstart.py", f"--out={tmp_path}", *EXPLICIT]
+    found = subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and found.stdout == ""
+    assert found.stderr.startswith("error: process 2 of 4: this command runs in one process"), found.stderr

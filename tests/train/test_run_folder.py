@@ -1,12 +1,13 @@
 """One configuration per run folder."""
 
 import json
+import threading
 
 import pytest
 from ml_collections import ConfigDict
 
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.train.run_folder import claim, differences
+from cocoedit_jax.train.run_folder import CONFIG, check_seen, claim, differences
 
 
 def config(steps: int = 2, rate: float = 0.1) -> ConfigDict:
@@ -54,3 +55,12 @@ def test_differences():
         "a.b: 1 then, 2 now", "c: {} then, None now", "d: None then, 3 now",
     ]  # fmt: skip
     assert differences({"a": {"b": 1}}, {"a": {"b": 2}}, except_for=("a.",)) == []
+
+
+def test_a_folder_that_another_process_does_not_see(tmp_path):
+    with pytest.raises(UserError, match=f"--run={tmp_path}: made by process 0; expected a disk"):
+        check_seen(tmp_path, seconds=0)
+    late = threading.Timer(0.3, (tmp_path / CONFIG).touch)
+    late.start()
+    check_seen(tmp_path)
+    late.join()

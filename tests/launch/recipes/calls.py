@@ -20,6 +20,8 @@ import importlib, json, os, sys
 from absl import flags
 from launch import command
 module, lines = importlib.import_module(sys.argv[1]), json.loads(sys.stdin.read())
+if "config" in flags.FLAGS:
+    import cocoedit_jax.nft.presets  # once, instead of in every child: configuration files import it
 for line in lines:
     sys.stdout.flush()
     child = os.fork()

@@ -9,8 +9,8 @@ import time
 import jsonschema
 import pytest
 import yaml
-from cocoedit_jax.planning.chips import parse_topology
 
+from cocoedit_jax.planning.topology import parse_topology
 from tests.launch.recipes.calls import RECIPES, check_training, command_of, read_flags
 
 
@@ -172,7 +172,9 @@ def pod(run, body, **options):
     ids=["failed", "complete", "stopped"],
 )
 def test_exit_codes(tmp_path, body, code):
-    assert pod(tmp_path, body.format(run=tmp_path)).wait(30) == code
+    process = pod(tmp_path, body.format(run=tmp_path))
+    process.communicate(timeout=30)
+    assert process.returncode == code
 
 
 def test_a_run_that_is_there_is_continued(tmp_path):

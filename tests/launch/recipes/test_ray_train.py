@@ -19,6 +19,7 @@ def ray_train(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_actors():
     pytest.importorskip("ray")
     common = ["--hosts=2", "--cpus_per_host=0.1", "--noone_per_node", "--module=tests.launch.recipes.add_up"]
@@ -27,6 +28,7 @@ def test_two_actors():
     assert "sum 14 of 2 processes" in found.stdout + found.stderr  # 3 + 3 + 4 + 4
 
 
+@pytest.mark.slow
 def test_a_host_that_fails_is_said():
     pytest.importorskip("ray")
     found = ray_train("--hosts=1", "--cpus_per_host=0.1", "--module=tests.launch.recipes.add_up", "--", "--nothing")

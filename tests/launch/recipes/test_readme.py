@@ -4,8 +4,8 @@ import re
 import shlex
 
 import pytest
-from cocoedit_jax.planning.chips import parse_topology
 
+from cocoedit_jax.planning.topology import parse_topology
 from tests.launch.recipes.calls import RECIPES, read_flags
 
 TEXT = (RECIPES / "README.md").read_text()

@@ -3,8 +3,8 @@
 import subprocess
 
 import pytest
-from cocoedit_jax.planning.chips import parse_topology
 
+from cocoedit_jax.planning.topology import parse_topology
 from tests.launch.recipes.calls import RECIPES, Shell, check_training, command_of
 
 SCRIPT = str(RECIPES / "tpu_vm.sh")

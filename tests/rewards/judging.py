@@ -22,7 +22,8 @@ def requests(count: int = 12, size: int = 8, seed: int = 0, **fields) -> list[Ju
     ]
 
 
-def judge(*urls: str, **options) -> VlmJudge:
+def new_judge(*urls: str, **options) -> VlmJudge:
+    """To be closed by the caller; tests take the fixture ``judge`` instead."""
     fast = {
         "timeout_s": 0.5, "connect_timeout_s": 0.5, "step_deadline_s": 8.0, "start_deadline_s": 1.5,
         "backoff_s": (0.01, 0.03), "breaker": (6, 0.05), "canary_margin": -1.0,

@@ -1,23 +1,23 @@
 """The judge "vlm" against a server that fails: every score equals the faultless one, and none is invented."""
 
+import contextlib
 import json
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from cocoedit_jax.errors import UserError
 from tests.rewards.fake_judge import TRANSIENT, FakeJudge, parts_of
-from tests.rewards.judging import judge, requests, scores
+from tests.rewards.judging import requests, scores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +64,7 @@ def test_garbled_replies_that_repeat_are_invalid(started, server):
 
 
 @pytest.mark.parametrize("status", ["400", "401", "403", "404", "413", "422"])
-def test_a_refusal_stops_at_once_and_keeps_what_was_scored(server, truth, tmp_path, status):
+def test_a_refusal_stops_at_once_and_keeps_what_was_scored(server, judge, truth, tmp_path, status):
     j = judge(server.url, cache_dir=str(tmp_path), concurrency=1)
     j.start()
     server.bodies.clear()
@@ -73,21 +73,19 @@ def test_a_refusal_stops_at_once_and_keeps_what_was_scored(server, truth, tmp_pa
         j(requests())
     assert len(server.bodies) == 4
     assert scores(j(requests())) == truth and len(server.bodies) == 4 + 9
-    j.close()
 
 
-def test_dead_past_the_deadline_is_invalid_in_time(server, truth):
-    j = judge(server.url, step_deadline_s=1.0, concurrency=2)
+def test_dead_past_the_deadline_is_invalid_in_time(server, judge, truth):
+    j = judge(server.url, step_deadline_s=2.0, concurrency=2)
     j.start()
-    server.faults = [""] * 5 + ["hang"] * 100
+    server.faults = [""] * 5 + ["hang"] * 100  # each of which would last a minute
     start = time.monotonic()
     found = j(requests())
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 20
     valid = [n for n, answer in enumerate(found) if answer.valid]
     assert len(valid) == 5 and [scores(found)[n] for n in valid] == [truth[n] for n in valid]
     assert {a.error.split(": ")[1] for a in found if a.error} == {"deadline"}
     assert j.pop_counters()["invalid/deadline"] == 7
-    j.close()
 
 
 def free_port() -> int:
@@ -96,38 +94,37 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def serve(port: int, faults: list[str], delay: float = 0.0) -> subprocess.Popen:
+@contextlib.contextmanager
+def served(port: int, faults: list[str], delay: float = 0.0):
+    """The server as a process; it is killed at the end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.rewards.fake_judge", str(port), json.dumps(faults), str(delay)], cwd=ROOT,
         stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
     )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield
+    finally:
+        process.kill()
+        process.communicate()
 
 
-def test_a_server_killed_and_started_again_in_the_middle(truth):
+def test_a_server_killed_and_started_again_in_the_middle(judge, truth):
     port = free_port()
-    first = serve(port, [], delay=0.1)
-    j = judge(f"http://127.0.0.1:{port}", step_deadline_s=30.0, concurrency=2)
-    j.start()
-    found: list = []
-    thread = threading.Thread(target=lambda: found.extend(j(requests())))
-    thread.start()
-    while len(j._cache) < 3:
-        time.sleep(0.01)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
-    assert len(j._cache) < 12  # it died in the middle
-    second = serve(port, ["500"])
-    thread.join(30)
-    second.kill()
-    second.communicate()
-    assert scores(found) == truth
+    with ThreadPoolExecutor(1) as pool:
+        with served(port, [], delay=0.1):
+            j = judge(f"http://127.0.0.1:{port}", step_deadline_s=60.0, concurrency=2)
+            j.start()
+            found = pool.submit(lambda: j(requests()))
+            while len(j._cache) < 3 and not found.done():
+                time.sleep(0.01)
+        assert len(j._cache) < 12  # it died in the middle
+        with served(port, ["500"]):
+            assert scores(found.result(60)) == truth
     assert j.pop_counters()["retry/connect"] >= 1
-    j.close()
 
 
-def test_the_edits_of_a_group_stay_on_one_replica(server):
+def test_the_edits_of_a_group_stay_on_one_replica(server, judge):
     with FakeJudge() as other:
         server.delay = other.delay = 0.01
         j = judge(server.url, other.url, concurrency=8)
@@ -136,7 +133,6 @@ def test_the_edits_of_a_group_stay_on_one_replica(server):
         other.bodies.clear()
         j(requests(32))
         j(requests(32, seed=1))
-        j.close()
     homes = defaultdict(set)
     for replica in (server, other):
         for body in replica.bodies:

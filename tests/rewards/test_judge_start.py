@@ -8,7 +8,7 @@ import pytest
 
 from cocoedit_jax.errors import UserError
 from tests.rewards.fake_judge import MODEL, STATUS_BODY, FakeJudge, completion, true_score
-from tests.rewards.judging import REPLIES, Fixed, judge
+from tests.rewards.judging import REPLIES, Fixed
 
 
 @pytest.mark.parametrize(
@@ -19,12 +19,11 @@ from tests.rewards.judging import REPLIES, Fixed, judge
         ("vllm_low_mass.json", "did not judge the test pictures .low_mass: 0.059"),
     ],
 )
-def test_a_server_that_cannot_judge_is_refused(reply, said):
+def test_a_server_that_cannot_judge_is_refused(judge, reply, said):
     with Fixed((REPLIES / reply).read_bytes()) as fixed:
         j = judge(fixed.url, canary_margin=0.05)
         with pytest.raises(UserError, match=said):
             j.start()
-        j.close()
 
 
 @pytest.mark.parametrize(
@@ -36,16 +35,15 @@ def test_a_server_that_cannot_judge_is_refused(reply, said):
         ("422", "field 'top_logprobs'.*--max-logprobs 20"),
     ],
 )
-def test_a_refusal_at_the_start_says_what_to_change(server, status, said):
+def test_a_refusal_at_the_start_says_what_to_change(server, judge, status, said):
     server.always = status
     j = judge(server.url)
     with pytest.raises(UserError, match=said):
         j.start()
-    j.close()
     assert len(server.bodies) == 1
 
 
-def test_a_context_that_is_too_short_is_told_from_too_many_images(server, monkeypatch):
+def test_a_context_that_is_too_short_is_told_from_too_many_images(server, judge, monkeypatch):
     """What vLLM says of a long prompt speaks of images as well."""
     for name, said in [("vllm_error_length.json", "--max-model-len"), ("vllm_error_400.json", "'logprobs'.*20")]:
         monkeypatch.setitem(STATUS_BODY, 400, json.loads((REPLIES / name).read_bytes()))
@@ -53,21 +51,19 @@ def test_a_context_that_is_too_short_is_told_from_too_many_images(server, monkey
         j = judge(server.url)
         with pytest.raises(UserError, match=said) as error:
             j.start()
-        j.close()
         assert "limit-mm-per-prompt" not in str(error.value)
 
 
-def test_a_model_that_thinks_first_is_refused(server):
+def test_a_model_that_thinks_first_is_refused(server, judge):
     entries = [("<think>", 0.99), *((letter, 0.0005) for letter in "ABCDEFG")]
     places = [{"token": token, "logprob": math.log(p), "bytes": list(token.encode())} for token, p in entries]
     server.reply = lambda body: completion(0.5, logprobs={"content": [{**places[0], "top_logprobs": places}]})
     j = judge(server.url)
     with pytest.raises(UserError, match=r"no digit among .*<think>.*enable_thinking"):
         j.start()
-    j.close()
 
 
-def test_models_are_checked_at_the_start(server):
+def test_models_are_checked_at_the_start(server, judge):
     with FakeJudge() as other:
         other.models = ["another"]
         for options, said in [
@@ -77,16 +73,13 @@ def test_models_are_checked_at_the_start(server):
             j = judge(server.url, other.url, **options)
             with pytest.raises(UserError, match=said):
                 j.start()
-            j.close()
     server.models = ["a", "b"]
     j = judge(server.url)
     with pytest.raises(UserError, match="serves a, b; name one of them as model"):
         j.start()
-    j.close()
     j = judge("http://127.0.0.1:9", start_deadline_s=0.3)  # nobody listens there
     with pytest.raises(UserError, match="127.0.0.1:9/v1/models.*python -m launch.serve_judge"):
         j.start()
-    j.close()
 
 
 @pytest.mark.parametrize(
@@ -98,15 +91,14 @@ def test_models_are_checked_at_the_start(server):
     ],
     ids=["blind", "swapped", "fond of no edit"],
 )
-def test_canaries_catch_a_server_that_judges_wrongly(server, scorer, said):
+def test_canaries_catch_a_server_that_judges_wrongly(server, judge, scorer, said):
     server.scorer = scorer
     j = judge(server.url, canary_margin=0.05)
     with pytest.raises(UserError, match=f"cannot tell test pictures apart.*{said}"):
         j.start()
-    j.close()
 
 
-def test_canaries_are_repeated_and_never_cached(server):
+def test_canaries_are_repeated_and_never_cached(server, judge):
     j = judge(server.url, canary_every=3, canary_margin=0.05)
     j.start()
     counts = []
@@ -123,11 +115,9 @@ def test_canaries_are_repeated_and_never_cached(server):
     j2._started = True
     with pytest.raises(UserError, match="did not judge the test pictures .deadline"):
         j2.check(1)
-    j.close()
-    j2.close()
 
 
-def test_one_replica_that_is_down_does_not_stop_the_checks(server):
+def test_one_replica_that_is_down_does_not_stop_the_checks(server, judge):
     with FakeJudge() as other:
         j = judge(server.url, other.url, canary_every=1, canary_margin=0.05, timeout_s=0.8)
         j.start()
@@ -136,4 +126,3 @@ def test_one_replica_that_is_down_does_not_stop_the_checks(server):
         server.scorer = lambda body: 0.5
         with pytest.raises(UserError, match=re.escape(server.url)):
             j.check(2)
-        j.close()

@@ -13,7 +13,7 @@ from cocoedit_jax.rewards.judge_prompt import load_prompt
 from cocoedit_jax.rewards.judge_score import digit_score
 from cocoedit_jax.rewards.vlm_judge import VlmJudge
 from tests.rewards.fake_judge import MODEL, completion, parts_of, true_score
-from tests.rewards.judging import REPLIES, Fixed, judge, requests, scores
+from tests.rewards.judging import REPLIES, Fixed, requests, scores
 
 
 def test_the_request_is_the_one_of_the_protocol(started, server):
@@ -29,10 +29,9 @@ def test_the_request_is_the_one_of_the_protocol(started, server):
     assert re.fullmatch(r"[0-9a-f]{6}-7-\d+", server.headers[-1]["x-request-id"])
 
 
-def test_jpeg_of_high_quality_only(server):
+def test_jpeg_of_high_quality_only(server, judge):
     j = judge(server.url, image_format="jpeg")
     j(requests(1))
-    j.close()
     assert parts_of(server.bodies[-1])[0].startswith("data:image/jpeg;base64,")
     with pytest.raises(UserError) as error:
         judge(server.url, jpeg_quality=90, image_format="webp", min_mass=0, canary_every=-1, digit_token_ids=(1, 2))
@@ -41,44 +40,40 @@ def test_jpeg_of_high_quality_only(server):
 
 
 @pytest.mark.parametrize("name", ["vllm_top20.json", "vllm_leading_space.json"])
-def test_a_recorded_reply_gives_its_score(server, name):
+def test_a_recorded_reply_gives_its_score(server, judge, name):
     raw = (REPLIES / name).read_bytes()
     with Fixed(raw) as fixed:
         j = judge(fixed.url)
         (answer,) = j(requests(1))
-        j.close()
     assert answer.score == digit_score(parse_completion(raw)["logprobs"][0]).score
 
 
-def test_the_sampled_digit_alone_is_no_score(server):
+def test_the_sampled_digit_alone_is_no_score(server, judge):
     """As vLLM sends it while another client's requests in the same batch have logprob_token_ids."""
     j = judge(server.url)
     j.start()
     server.reply = lambda body: json.loads((REPLIES / "vllm_mixed_batch.json").read_bytes())
     (answer,) = j(requests(1))
-    j.close()
     assert answer.score is None and "few_candidates: " in (answer.error or "") and "'4' 0.661" in (answer.error or "")
     assert j.pop_counters()["invalid/few_candidates"] == 1
 
 
-def test_exact_digits_are_asked_for_where_the_server_can(server):
+def test_exact_digits_are_asked_for_where_the_server_can(server, judge):
     exact = json.loads((REPLIES / "vllm_token_ids.json").read_bytes())
     server.reply = lambda body: exact if body.get("logprob_token_ids") == [15, 16, 17, 18, 19, 20] else None
     j = judge(server.url)
     j.start()
     j(requests(1))
-    j.close()
     assert server.bodies[-1]["logprob_token_ids"] == [15, 16, 17, 18, 19, 20]
     j = judge(server.url, digit_token_ids=(1, 2, 3, 4, 5, 6))
     with pytest.raises(UserError, match="digit_token_ids=.*do not answer with the digits"):
         j.start()
-    j.close()
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def test_judgements_are_kept_over_runs_even_if_killed(server, truth, tmp_path):
+def test_judgements_are_kept_over_runs_even_if_killed(server, judge, truth, tmp_path):
     first = judge(server.url, cache_dir=str(tmp_path / "new" / "cache"))
     first.start()
     first(requests()[:8])
@@ -100,10 +95,9 @@ def test_judgements_are_kept_over_runs_even_if_killed(server, truth, tmp_path):
     third.start()
     server.bodies.clear()
     assert scores(third(requests())) == truth and not server.bodies
-    third.close()
 
 
-def test_the_cache_tells_models_questions_and_pictures_apart(server, tmp_path):
+def test_the_cache_tells_models_questions_and_pictures_apart(server, judge, tmp_path):
     options = {"cache_dir": str(tmp_path)}
     base = requests(1)[0]
     prompt, heading = load_prompt("cocoedit"), tmp_path / "heading.json"
@@ -129,22 +123,20 @@ def test_the_cache_tells_models_questions_and_pictures_apart(server, tmp_path):
     j.start()
     server.bodies.clear()
     j([base])
-    j.close()
     assert len(server.bodies) == 1
 
 
-def test_the_cache_holds_no_answer_of_too_little_mass(server, tmp_path):
+def test_the_cache_holds_no_answer_of_too_little_mass(server, judge, tmp_path):
     server.reply = lambda body: completion(true_score(body), mass=0.55)
     lenient = judge(server.url, cache_dir=str(tmp_path))
     assert scores(lenient(requests(1))) != [None]
     lenient.close()
     strict = judge(server.url, cache_dir=str(tmp_path), min_mass=0.6)
     (answer,) = strict(requests(1))
-    strict.close()
     assert answer.score is None and "low_mass: 0.55" in (answer.error or "")
 
 
-def test_a_name_that_another_model_has_taken_over(server, tmp_path):
+def test_a_name_that_another_model_has_taken_over(server, judge, tmp_path):
     """vllm serve MODEL --served-model-name=judge: the model behind the name is its root."""
     asked = []
     for root in ("Qwen/A", "Qwen/B", "Qwen/A"):
@@ -158,18 +150,17 @@ def test_a_name_that_another_model_has_taken_over(server, tmp_path):
     assert asked == [3, 3, 0]
 
 
-def test_a_cache_that_cannot_be_written_is_refused(server, tmp_path):
+def test_a_cache_that_cannot_be_written_is_refused(server, judge, tmp_path):
     (tmp_path / "file").write_text("")
     j = judge(server.url, cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="cache_dir: .*cannot be written"):
         j.start()
-    j.close()
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def test_two_questions_give_the_lower_score_and_need_both(server):
+def test_two_questions_give_the_lower_score_and_need_both(server, judge):
     server.scorer = lambda body: 0.9 if "does not ask for" in parts_of(body)[2] else 0.25
     j = judge(server.url, template="two_question", concurrency=1)
     j.start()
@@ -180,10 +171,9 @@ def test_two_questions_give_the_lower_score_and_need_both(server):
     server.bodies.clear()
     assert scores(j(requests(1, seed=5))) == [pytest.approx(0.25)] and len(server.bodies) == 1
     assert j.pop_counters()["invalid/low_mass"] == 1
-    j.close()
 
 
-def test_a_requirement_is_asked_for_and_its_lack_is_no_score(server):
+def test_a_requirement_is_asked_for_and_its_lack_is_no_score(server, judge):
     j = judge(server.url, template="edit_r1")
     assert "'requirement'" in (j.fault({}) or "") and j.fault({"requirement": "a red hat"}) is None
     j.start()
@@ -193,7 +183,6 @@ def test_a_requirement_is_asked_for_and_its_lack_is_no_score(server):
     assert found[0].score is None and "missing_field" in (found[0].error or "") and found[1].valid
     assert "a red hat" in parts_of(server.bodies[0])[2]
     assert j.pop_counters()["invalid/missing_field"] == 1
-    j.close()
 
 
 def test_signs_of_a_model_in_an_instruction_are_no_score_and_not_sent(started, server, truth):

@@ -9,15 +9,21 @@ import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2 as httpx
 import numpy as np
 from PIL import Image
 
+from torch_bridge.judge_server.fake import FakeModel
+from torch_bridge.judge_server.protocol import Limits
 from torch_bridge.judge_server.serving import Address, JudgeServer, ServeOptions
 
 ROOT = Path(__file__).resolve().parents[3]
+PATH = "/v1/chat/completions"
+RED, BLUE, PURPLE = (255, 0, 0), (0, 0, 255), (128, 0, 128)
+LIMITS = Limits(body_bytes=200_000, image_bytes=100_000, image_pixels=100_000, images=4, prompt_tokens=500)
 
 
 def square(colour, size=64):
@@ -83,11 +89,23 @@ def metric(client, name):
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].split(" ")[0] == name)
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=60.0):
+    """For what must come to be, on however busy a machine."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "not in time"
         time.sleep(0.02)
+
+
+def good(words="make the square red"):
+    """A request that any judge scores well; `words` must name the colour red."""
+    return judge_request(square(BLUE), square(RED), words)
+
+
+def still_serves(client):
+    reply = client.post(PATH, json=good())
+    assert reply.status_code == 200 and expectation(reply.json())[0] > 0.9
+    return True
 
 
 @contextlib.contextmanager
@@ -101,13 +119,41 @@ def running(model, settings, connections=None, *, wait=True, token="", drain_sec
     thread.start()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with httpx.Client(base_url=server.url, headers=headers, timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=server.url, headers=headers, timeout=60, trust_env=False) as client:
             wait_until(lambda: _answers(client, "/health/ready" if wait else "/health/live"))
             yield client
     finally:
         server.stop()
-        thread.join(30)
+        thread.join(60)
     assert not thread.is_alive()
+
+
+class Gated(FakeModel):
+    """Computes nothing until `go` is set, and keeps the last words of what it was given to compute, by batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.go, self.started = threading.Event(), threading.Event()
+        self.batches = []
+
+    def complete(self, prompts, samplings):
+        self.batches.append([prompt.inputs[-1].texts[-1].partition(";")[0] for prompt in prompts])
+        self.started.set()
+        self.go.wait()
+        return super().complete(prompts, samplings)
+
+
+@contextlib.contextmanager
+def gated(settings, connections=None):
+    """A `Gated` model behind a server, a client, and `send(words)`: a request under way, as a future. The gate opens at
+    the end, whatever happened, so that no thread waits for ever.
+    """
+    model = Gated()
+    with running(model, settings, connections) as client, ThreadPoolExecutor(32) as pool:
+        try:
+            yield model, client, lambda words: pool.submit(client.post, PATH, json=good(words))
+        finally:
+            model.go.set()
 
 
 def _answers(client, path):
@@ -132,10 +178,14 @@ class FakeProcess:
             env=os.environ | {"PYTHONPATH": path} | (environment or {}),
         )
         assert self.process.stdout is not None
-        first = self.process.stdout.readline()
-        assert first.startswith("listening at "), (first, self.process.communicate())
-        self.url = first.split()[2].removesuffix("/v1;")
-        assert self.process.stdout.readline().startswith("ready: ")
+        try:
+            first = self.process.stdout.readline()
+            assert first.startswith("listening at "), first
+            self.url = first.split()[2].removesuffix("/v1;")
+            assert self.process.stdout.readline().startswith("ready: ")
+        except BaseException:
+            self.__exit__()
+            raise
 
     @property
     def port(self):

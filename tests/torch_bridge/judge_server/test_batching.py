@@ -1,7 +1,7 @@
 """Micro-batching, without a server."""
 
 import asyncio
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,13 +11,16 @@ from torch_bridge.judge_server.chat_model import Completion, Prompt, Sampling
 
 
 class Model:
-    """Answers with the prompt's text; remembers batches; fails where it finds "bad" or more than `most` prompts."""
+    """Answers with the prompt's text; remembers batches; fails where it finds "bad" or more than `most` prompts. It
+    stands still while `go` is not set.
+    """
 
-    def __init__(self, most=100, seconds=0.0):
-        self.batches, self.most, self.seconds = [], most, seconds
+    def __init__(self, most=100):
+        self.batches, self.most, self.go = [], most, threading.Event()
+        self.go.set()
 
     def __call__(self, prompts, samplings):
-        time.sleep(self.seconds)
+        self.go.wait()
         texts = [prompt.inputs for prompt in prompts]
         self.batches.append(texts)
         if len(texts) > self.most:
@@ -98,18 +101,26 @@ def test_places_are_bounded_and_given_back():
 
 
 def test_a_cancelled_request_is_not_computed():
-    model = Model(seconds=0.1)
+    model = Model()
+    model.go.clear()
 
     async def main():
         with ThreadPoolExecutor(1) as thread:
             batcher = Batcher(model, BatchLimits(size=1), thread)
             running = asyncio.create_task(batcher.run())
-            first, second, third = (
-                asyncio.create_task(batcher.submit(Prompt(text, 1), Sampling())) for text in ("a", "b", "c")
-            )
-            await asyncio.sleep(0.03)
-            assert batcher.batch_seconds > 0 and batcher.depth == 2
-            second.cancel()
+            try:
+                first, second, third = (
+                    asyncio.create_task(batcher.submit(Prompt(text, 1), Sampling())) for text in ("a", "b", "c")
+                )
+                async with asyncio.timeout(60):
+                    while not batcher.batch_seconds:
+                        await asyncio.sleep(0.005)
+                assert batcher.depth == 2
+                second.cancel()
+                await asyncio.gather(second, return_exceptions=True)
+                assert batcher.depth == 1
+            finally:
+                model.go.set()
             await asyncio.gather(first, third)
             running.cancel()
 

@@ -65,7 +65,7 @@ def get_config(name: str = "cocoedit") -> ConfigDict:
     config.train.weight_decay = 1e-4
     config.train.max_grad_norm = 1.0
     config.train.layout = ""  # of the optimizer step alone; empty: config.mesh
-    config.train.quantize = ""  # of the optimizer step alone; empty: config.model
+    config.train.quantize = ""  # of the optimizer step, and of evaluations; empty: config.model
     config.train.adapters = "replicated"  # adapters and optimizer state; sharded: over the fsdp axis
 
     config.lora = ConfigDict()

@@ -145,10 +145,10 @@ def planned_memory(compiled: Any) -> dict[str, float]:
     return used
 
 
-def describe_compiled(compiled: Any, devices: int, unknown_trips: float) -> dict[str, Any]:
-    """Memory and collectives of one execution, for JSON; bytes per device."""
+def describe_compiled(compiled: Any, devices: int, unknown_trips: float, branch_share: float = 1.0) -> dict[str, Any]:
+    """Memory and collectives of one execution, for JSON; bytes per device. Trips and share as in ``exchanges``."""
     used = planned_memory(compiled)
-    found = by_kind(exchanges(compiled.as_text() or "", devices, unknown_trips))
+    found = by_kind(exchanges(compiled.as_text() or "", devices, unknown_trips, branch_share))
     return {
         "fits": True,
         "memory": used,
@@ -169,10 +169,12 @@ def compile_phase(
     """
     mesh = make_mesh(dict(candidate.sizes), devices)
     trips = -(-workload.samples // candidate.batch) if phase == "train" else 1
+    # The step has one conditional: the reference forward, of a share of the (micro-batch, timestep) pairs.
+    share = workload.algorithm.kl_fraction if phase == "train" else 1.0
     start = time.perf_counter()
     try:
         compiled = lower(workload, candidate, phase, mesh).compile()
-        out = describe_compiled(compiled, len(devices), trips)
+        out = describe_compiled(compiled, len(devices), trips, share)
     except jax.errors.JaxRuntimeError as error:
         exhausted = parse_out_of_memory(str(error))
         if exhausted is None:

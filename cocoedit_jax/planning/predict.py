@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from cocoedit_jax.models.editor import Editor
-from cocoedit_jax.models.quantize import same_storage
+from cocoedit_jax.models.quantize import FORMATS, same_storage
 from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.sharding.chips import Chip
@@ -55,6 +55,26 @@ def executed_flops(workload: Workload, editor: Editor, remat: str) -> dict[str, 
     again = {"none": 0.0, "dots": attention, "attention": forward - attention, "full": forward, "offload": forward}
     flops["train"] += workload.algorithm.num_timesteps(workload.config.rollout.steps) * again[remat]
     return flops
+
+
+def rounded_flops(workload: Workload, editor: Editor, remat: str) -> dict[str, float]:
+    """Those of ``executed_flops`` that multiply 8-bit numbers with one another: forward passes through the linear
+    layers of the blocks, where the base's format rounds activations. Attention, adapters and the backward pass do not
+    (``models.quantize``)."""
+    if not editor.quantize or not FORMATS[editor.quantize].activations:
+        return {"rollout": 0.0, "train": 0.0}
+    steps, shape, length = workload.config.rollout.steps, editor.transformer.config, tokens(workload, editor)
+    linear = forward_flops(shape, length, workload.samples)
+    linear -= shape.num_blocks * 4.0 * length * length * shape.hidden * workload.samples
+    passes = 1 + workload.algorithm.forwards_without_gradient + (remat in ("full", "attention", "offload"))
+    return {"rollout": steps * linear, "train": workload.algorithm.num_timesteps(steps) * passes * linear}
+
+
+def rounded_peak(chip: Chip, form: str) -> float:
+    """Products per second of numbers of the format ``form`` with one another, or 0: they are multiplied as bf16."""
+    if not form or not FORMATS[form].activations:
+        return 0.0
+    return chip.int8 if FORMATS[form].dtype == jax.numpy.int8 else chip.fp8
 
 
 _abstract: dict[Any, Any] = {}
@@ -116,21 +136,27 @@ def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase:
     return batches * passes * (weights + activations)
 
 
-def roofline(chip: Chip, devices: int, flops: float, traffic: float, exchange: float) -> dict[str, float | str]:
+def roofline(
+    chip: Chip, devices: int, flops: float, traffic: float, exchange: float, rounded: float = 0.0, form: str = ""
+) -> dict[str, float | str]:
     """Seconds of one phase of a step.
 
     Args:
         flops: executed, over all devices.
         traffic: bytes of one device.
         exchange: seconds (``exchange_seconds``).
+        rounded: those of ``flops`` that multiply numbers of the format ``form`` with one another. They run at the
+            chip's peak for it, which is told as ``rounded_peak``; where it has none, at that of bf16.
     """
+    peak = rounded_peak(chip, form) if rounded else 0.0
+    told = {"rounded_peak": peak} if peak else {}
     parts = {
-        "compute": flops / devices / chip.flops,
+        "compute": ((flops - rounded) / chip.flops + rounded / (peak or chip.flops)) / devices,
         "memory": traffic / chip.hbm_bandwidth,
         "exchange": exchange,
     }
     bound = max(parts, key=lambda name: parts[name])
-    return {**parts, "seconds": parts[bound], "bound": bound}
+    return {**parts, **told, "seconds": parts[bound], "bound": bound}
 
 
 def formula_memory(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> dict[str, float]:

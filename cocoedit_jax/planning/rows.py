@@ -63,13 +63,16 @@ def predicted_phase(
     out["collectives"] = _per_step(found, executions)
     exchanged = found.get("exchanged", sum(c["bytes"] for c in out["collectives"].values()))
     editor = workload.editor(candidate.remat, "xla", candidate.quantize_in(phase))
-    flops = predict.executed_flops(workload, editor, candidate.remat)[phase]
     # Shares of samples that do not fill up: their devices compute all the same.
-    flops *= math.ceil(workload.samples / candidate.batch) * candidate.batch / workload.samples
+    filled = math.ceil(workload.samples / candidate.batch) * candidate.batch / workload.samples
+    flops = predict.executed_flops(workload, editor, candidate.remat)[phase] * filled
+    rounded = predict.rounded_flops(workload, editor, candidate.remat)[phase] * filled
     traffic = predict.hbm_traffic(workload, editor, candidate, phase)
     out["exchanged"] = exchanged
     exchange = out.pop("exchange_seconds", exchanged / topology.chip.link)
-    out["roofline"] = predict.roofline(topology.chip, topology.devices, flops, traffic, exchange)
+    out["roofline"] = predict.roofline(
+        topology.chip, topology.devices, flops, traffic, exchange, rounded, candidate.quantize_in(phase)
+    )
     return out
 
 

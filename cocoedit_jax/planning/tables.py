@@ -24,7 +24,8 @@ PREDICTED = (
     "exchange, as if the other two were hidden behind it. Real steps take longer."
 )
 QUANTIZED = (
-    "Base: its format in rollout/optimizer step. Arithmetic of 8-bit formats is predicted at the peak of bfloat16."
+    "Base: its format in rollout/optimizer step. Linear layers of forward passes multiply int8 or fp8 numbers, "
+    "predicted at that format's data-sheet peak ({peaks}); all else, and int8_weights, at bfloat16's."
 )
 BY_FORMULA = "Memory and exchanges of these rows are by formula: no compiler was asked."
 
@@ -135,13 +136,24 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return list(kept), [list(line) for line in zip(*kept.values(), strict=True)]
 
 
+def _rounded_peaks(rows: Sequence[Row]) -> str:
+    """Peaks of 8-bit products that predictions have used, one for each kind of device and format."""
+    found = {
+        f"{row['where'].partition(':')[0]} {form}: {peak / 1e12:,.0f} T/s"
+        for row in rows
+        for form, name in zip(row["quantize"], ("rollout", "train"), strict=True)
+        if (peak := row["phases"].get(name, {}).get("roofline", {}).get("rounded_peak"))
+    }
+    return ", ".join(sorted(found)) or "none in the chip table: bfloat16's"
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
     """What must be said of the numbers."""
     methods = {row["method"] for row in rows}
     said = []
     if methods - {"measured"}:
         said += [LEGEND, PREDICTED]
-        said += [QUANTIZED] if any(any(row["quantize"]) for row in rows) else []
+        said += [QUANTIZED.format(peaks=_rounded_peaks(rows))] if any(any(row["quantize"]) for row in rows) else []
     if "by formula" in methods:
         said.append(BY_FORMULA)
     if "measured" in methods:

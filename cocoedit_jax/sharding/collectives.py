@@ -92,20 +92,19 @@ def by_kind(found: Iterable[Exchange]) -> dict[str, Total]:
     return dict(sorted(out.items()))
 
 
-def exchanges(text: str, devices: int, unknown_trips: float = 1.0) -> list[Exchange]:
+def exchanges(text: str, devices: int, unknown_trips: float = 1.0, branch_share: float = 1.0) -> list[Exchange]:
     """What one execution of the program ``text`` (``compiled.as_text()``) exchanges.
-
-    Of a conditional, all branches are counted.
 
     Args:
         devices: of the program.
         unknown_trips: how often a loop without a known trip count runs, if it is in no other such loop: the optimizer
             step's loop over micro-batches.
+        branch_share: how often each branch of a conditional runs when that is reached; 1: all of them always.
 
     Raises:
         ValueError: a form of device groups that is not known.
     """
-    computations, entry = _parse(text, devices)
+    computations, entry = _parse(text, devices, branch_share)
     out: list[Exchange] = []
     silent: set[str] = set()  # computations without collectives
 
@@ -184,7 +183,7 @@ class _Computation:
         return int(index) if operation == "get-tuple-element" else None
 
 
-def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
+def _parse(text: str, devices: int, branch_share: float) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -234,6 +233,8 @@ def _parse(text: str, devices: int) -> tuple[dict[str, _Computation], str]:
             known, parts = _TRIPS.search(body), dict(_LOOP.findall(body))
             loop = None if known else _Loop(parts.get("condition", ""), parts.get("body", ""))
             current.calls += [_Call(name, True, float(known.group(1)) if known else 1.0, loop) for name in called]
+        elif " conditional(" in body:
+            current.calls += [_Call(name, times=branch_share) for name in called]
         else:
             current.calls += [_Call(name) for name in called]
     return computations, entry

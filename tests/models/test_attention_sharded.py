@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cocoedit_jax.models import parallel
-from cocoedit_jax.models.attention import attention
+from cocoedit_jax.models.attention import attention, token_axes
 from cocoedit_jax.sharding.mesh import DATA, make_mesh
 
 
@@ -120,6 +120,34 @@ def test_cross_attention_is_refused_on_a_context_axis():
     q, k, v, *_ = draw()
     with jax.set_mesh(make_mesh({"context": 2})), pytest.raises(ValueError, match="13 queries and 12 keys"):
         attention(q, k[:, :12], v[:, :12], sharded=True)
+
+
+@pytest.mark.parametrize(
+    "backend, lengths, axes",
+    [
+        ("auto", (4, 24), ("context",)),
+        ("ring", (4, 24), ("context",)),
+        ("ulysses", (4, 24), ("context",)),
+        ("auto", (6, 24), ()),  # text that four devices cannot share
+        ("ring", (4, 22), ()),
+        ("blocked", (4, 24), ()),  # takes whole sequences
+    ],
+)
+def test_tokens_are_cut_by_the_caller_only_where_every_length_divides(backend, lengths, axes):
+    assert token_axes(make_mesh({"context": 4, "data": 2}), backend, lengths) == axes
+    assert token_axes(make_mesh({"data": 8}), backend, lengths) == ()
+
+
+def test_a_backend_of_whole_sequences_refuses_shares():
+    mesh = make_mesh({"context": 4})
+    share = PartitionSpec(None, "context")
+    run = jax.shard_map(
+        lambda q, k, v: attention(q, k, v, backend="blocked", sharded=True),
+        mesh=mesh, in_specs=share, out_specs=share, axis_names={"context"}, check_vma=False,
+    )  # fmt: skip
+    q, k, v, *_ = draw(length=8)
+    with pytest.raises(ValueError, match="'blocked' on shares of tokens; expected one of .*'ring'"):
+        jax.eval_shape(jax.jit(run), q, k, v)
 
 
 def test_without_a_mesh_context_backends_are_the_local_one():

@@ -1,5 +1,6 @@
 """Rows, the choice among them, and how they are shown; with a compiler that is not there."""
 
+import dataclasses
 import json
 
 import jax
@@ -115,6 +116,30 @@ def test_out_of_memory_is_a_row_and_nothing_is_compiled_twice(planned, workload)
     flops = predict.executed_flops(workload, workload.editor("full", "xla"), "full")
     assert train["roofline"]["compute"] == pytest.approx(flops["train"] / 16 / 197e12)
     assert found[0]["step_seconds"] == train["roofline"]["seconds"] + rollout["roofline"]["seconds"]
+
+
+CONDITIONAL = """%some (x: f32[8]) -> bf16[8388608] {
+  ROOT %r = bf16[8388608]{0} all-gather(%x), channel_id=1, replica_groups=[1,16]<=[16], dimensions={0}
+}
+
+%none (x: f32[8]) -> bf16[8388608] {
+  ROOT %z = bf16[8388608]{0} broadcast(%x), dimensions={}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  ROOT %c = bf16[8388608]{0} conditional(%p, %x, %x), true_computation=%some, false_computation=%none
+}
+"""
+
+
+def test_exchanges_of_the_reference_forward_count_by_its_share(workload, monkeypatch):
+    monkeypatch.setattr(Compiled, "as_text", lambda self: CONDITIONAL)
+    monkeypatch.setattr(compiler, "make_mesh", lambda sizes, devices: None)
+    (candidate,) = choose_candidates(workload, 16, layouts=["fsdp"], per_shard=[1])
+    for share in (1.0, 0.25):
+        some = dataclasses.replace(workload, algorithm=workload.algorithm.replace(kl_fraction=share))
+        found = compiler.compile_phase(some, candidate, "train", [None] * 16, lambda *_: Lowered(candidate))
+        assert found["collectives"]["all-gather"] == {"count": share, "bytes": share * 15 * 2**20}
 
 
 def test_a_slice_that_cannot_be_described_is_named(monkeypatch):

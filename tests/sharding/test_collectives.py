@@ -61,6 +61,20 @@ def test_a_loop_of_unknown_length_runs_as_often_as_told():
     assert by_kind(exchanges(text, 4, unknown_trips=7)) == {"all-reduce": Total(7, 7 * 2 * 8 * 4 * 3 / 4)}
 
 
+def test_branches_run_as_often_as_told():
+    """The sum of one branch, in a loop of five; the other branch has none."""
+
+    def function(some, x):
+        def body(x, chosen):
+            return x + jax.lax.cond(chosen, lambda: jax.lax.psum(x, "fsdp"), lambda: jnp.zeros_like(x)), None
+
+        return jax.lax.scan(body, x, some > 0)[0]
+
+    text = compiled(function, {"fsdp": 4}, (5,), (8,), in_specs=(P(), P()), out_specs=P())
+    assert by_kind(exchanges(text, 4))["all-reduce"].count == 5
+    assert by_kind(exchanges(text, 4, branch_share=0.4)) == {"all-reduce": Total(2, 2 * 2 * 8 * 4 * 3 / 4)}
+
+
 # As the TPU compiler writes them: loops by their conditions, asynchronous halves, pieces, tuples, layouts with
 # commas, groups in two notations.
 TPU = """HloModule jit_f, is_scheduled=true

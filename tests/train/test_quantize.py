@@ -18,6 +18,7 @@ from cocoedit_jax.planning.compiler import phase_key
 from cocoedit_jax.planning.predict import by_formula
 from cocoedit_jax.planning.topology import parse_topology
 from cocoedit_jax.planning.workload import Workload, choose_candidates
+from cocoedit_jax.sharding.chips import CHIPS
 from cocoedit_jax.sharding.layouts import layout_mesh
 from cocoedit_jax.sharding.mesh import make_mesh
 from cocoedit_jax.train.config_checks import check_config
@@ -156,6 +157,36 @@ def test_arguments_of_a_planned_program_shrink():
     used = [by_formula(workload, c, topology, "rollout")["memory"]["arguments"] for c in (plain, small)]
     # Large layers of width 3072: 12 d^2 of each of two streams, or of one.
     assert used[0] - used[1] == pytest.approx((24 * 19 + 12 * 38) * 3072**2 / 8, rel=0.01)
+
+
+def test_8_bit_products_are_predicted_at_the_peak_of_their_format():
+    """Forward passes through linear layers, and nothing else; 288 samples of 2176 tokens, 57 blocks."""
+    workload = Workload.of(flux_kontext.get_config())
+    linear, attention = (288 * 57 * n for n in (24 * 3072**2 * 2176, 4 * 2176**2 * 3072))
+
+    def compute(cluster, form):
+        topology = parse_topology(cluster)
+        (candidate,) = choose_candidates(workload, 8, layouts=["fsdp"], per_shard=[1], quantize=[form])
+        (row,) = rows.planned_rows(workload, [candidate], topology, None)  # pyright: ignore
+        return [row["phases"][phase]["roofline"]["compute"] for phase in ("rollout", "train")], tables.text_table([row])
+
+    def seconds(eight_bit, bf16):
+        # Of the ten steps nine are trained: trained, old and reference policy and a recomputed forward pass, and a
+        # backward pass without gradients of weights, whose attention costs twice a forward pass's.
+        rollout = 10 * (linear / eight_bit + attention / bf16)
+        return [x / 8 for x in (rollout, 9 * (4 * linear / eight_bit + linear / bf16 + 6 * attention / bf16))]
+
+    for form in ("int8", "fp8"):
+        found, table = compute("h100:8", form)
+        assert found == pytest.approx(seconds(1979e12, 989e12)) and f"(h100 {form}: 1,979 T/s)" in table
+    for cluster, form, peak in (
+        ("h100:8", "none", 989e12),
+        ("h100:8", "int8_weights", 989e12),
+        ("a100:8", "fp8", 312e12),
+    ):
+        found, table = compute(cluster, form)
+        assert found == pytest.approx(seconds(peak, peak)) and "1,979" not in table
+    assert [CHIPS[name].int8 / CHIPS[name].flops for name in ("v5e", "v5p", "v6e")] == pytest.approx([2, 2, 2], 0.01)
 
 
 def test_programs_are_kept_by_format(config):

@@ -10,6 +10,8 @@ from cocoedit_jax.train import compare as comparison
 from cocoedit_jax.train.compare import compare
 from cocoedit_jax.train.evaluate import Evaluation, mean_se
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 CONFIG = """
 from pathlib import Path
 from tests.train.tiny import tiny_config

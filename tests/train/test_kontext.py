@@ -19,6 +19,8 @@ from configs.flux_kontext import get_config
 from tests.parity.tiny_kontext import save_tiny_kontext
 from tests.train.whole import SIZE, STRONGER, edit_noise, launch_edit, shrunk, strengthened
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 TOKENS = 16
 
 

@@ -24,6 +24,8 @@ from cocoedit_jax.train.setup import build
 from cocoedit_jax.train.trainer import NonFiniteError
 from tests.train.tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

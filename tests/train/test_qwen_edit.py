@@ -19,6 +19,8 @@ from configs import qwen_image_edit, qwen_image_edit_2511
 from tests.parity.tiny_qwen import save_tiny_qwen
 from tests.train.whole import SIZE, edit_noise, launch_edit, shrunk, strengthened
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -18,6 +18,8 @@ from cocoedit_jax.train.setup import build
 from tests.rewards.fake_judge import TRANSIENT, FakeJudge, parts_of, true_score
 from tests.train.tiny import tiny_config
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 # What is scored before a server dies must not depend on how busy this machine is.
 PATIENT = {"timeout_s": 4.0, "connect_timeout_s": 4.0, "step_deadline_s": 6.0, "start_deadline_s": 6.0}
 

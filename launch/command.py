@@ -18,7 +18,10 @@ _CACHE = flags.DEFINE_string(
 
 def keep_compiled_programs() -> None:
     """Tells JAX to keep every program that it compiles, unless ``--xla_cache=off``."""
-    if _CACHE.value == "off":
+    if _CACHE.value == "off":  # also where JAX_COMPILATION_CACHE_DIR is set, which JAX itself reads
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        if "jax" in sys.modules:
+            sys.modules["jax"].config.update("jax_enable_compilation_cache", False)
         return
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
     settings = {

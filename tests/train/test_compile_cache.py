@@ -32,12 +32,12 @@ runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
 def test_a_second_start_compiles_nothing(tiny_base, tiny_data, tmp_path):
     (tmp_path / "config.py").write_text(CONFIG % (str(tiny_base), str(tiny_data)))
     cache = tmp_path / "xla"
+    kept = {"JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(cache)}
 
     def start(name: str, *flags: str) -> dict[str, int]:
         done = subprocess.run(
             [sys.executable, "-c", COUNTED, f"--config={tmp_path / 'config.py'}", f"--run={tmp_path / name}", *flags],
-            cwd=ROOT, env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "true", "PYTHONPATH": str(ROOT)},
-            capture_output=True, text=True, timeout=400,
+            cwd=ROOT, env=os.environ | kept | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.rpartition("EVENTS")[2])

@@ -94,11 +94,16 @@ def _lay_out(output: Path, items: Sequence[Item] | None, plan: Mapping[str, Any]
 
 
 def find_items(source: str, prompt: str | None) -> list[Item]:
-    """The items at `source`; with `prompt`, every picture of a folder with this instruction. Raises UserError."""
+    """The items at `source`; with `prompt`, every picture of a folder with this instruction. Says what kinds of
+    pictures of a folder are not read. Raises UserError.
+    """
+    folder = Path(source)
+    listed = prompt is None and any((folder / name).is_file() for name in (plain.PROMPTS, METADATA))
+    if folder.is_dir() and not listed and (line := plain.left_out(folder)):
+        print(line)
     if prompt is None:
         # Absolute: the same work from another folder, or on another machine with the same mounts.
         return [replace(item, image=str(Path(item.image).absolute())) for item in read_items(source)]
-    folder = Path(source)
     if not folder.is_dir() or not prompt.strip():
         raise UserError(f"--prompt={prompt!r} with --input={source!r}; expected a text, and a folder of pictures")
     names = [(path, path.relative_to(folder).as_posix()) for path in plain.pictures(folder)]

@@ -20,7 +20,8 @@ from cocoedit_jax.annotation.stages import Rules, Shown, ask, pending_at, take
 from cocoedit_jax.annotation.store import Store, file_stem
 from cocoedit_jax.data.images import DataFault, load_image
 from cocoedit_jax.errors import UserError
-from cocoedit_jax.rewards.chat import ChatReply, ChatRequest
+from cocoedit_jax.rewards.chat import ChatReply, ChatRequest, Failure
+from cocoedit_jax.rewards.judge_score import MIN_CANDIDATES, top_tokens
 
 # Refusals that concern every request: the run stops at once.
 _HOPELESS = ("unauthorized", "forbidden", "not_found")
@@ -153,7 +154,7 @@ def settle(
     tally, after = Tally(), []
     for annotation in annotations:
         mine = by_item.get(file_stem(annotation.item.id), {})
-        failure = next((reply.failure for reply in mine.values() if reply.failure is not None), None)
+        failure = next((found for reply in mine.values() if (found := _failure(stage, reply)) is not None), None)
         tally.asked += bool(mine)
         if annotation.status != "pending":
             tally.done += 1
@@ -167,6 +168,20 @@ def settle(
             tally.done += 1
             after.append(take(stage, replace(annotation, reason=None, detail=""), mine, rules))
     return after, tally
+
+
+def _failure(stage: str, reply: ChatReply) -> Failure | None:
+    """Why a reply is none: its own failure, or a score of which only the sampled digit came. That says nothing of the
+    record, and another time the server sends all.
+    """
+    found = reply.logprobs[0] if stage == "score" and reply.ok and reply.logprobs else None
+    if found is None or len(set(found)) >= MIN_CANDIDATES:
+        return reply.failure
+    return Failure(
+        "few_candidates",
+        f"{reply.endpoint or 'the server'} sent {top_tokens(found)} alone; vLLM does so while another client, such as a"
+        " training run's judge, names the tokens that it wants: give the annotation a server of its own",
+    )
 
 
 def without_logprobs(replies: Iterable[ChatReply]) -> bool:

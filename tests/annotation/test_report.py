@@ -221,13 +221,19 @@ def browse(page, profile, *options, fragment=""):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    """One for all: a browser's first start makes it."""
+    return tmp_path_factory.mktemp("browser")
+
+
 @needs_browser
-def test_thresholds_in_a_browser(run, page, tmp_path):
+def test_thresholds_in_a_browser(run, page, profile, tmp_path):
     """The counts that the page shows are those of the filter, for the chosen thresholds and for others."""
     folder, annotations = run
     path = tmp_path / "report.html"
     path.write_text(page, encoding="utf-8")
-    shown = Page(browse(path, tmp_path / "profile", "--dump-dom"))
+    shown = Page(browse(path, profile, "--dump-dom"))
     kept = [annotation for annotation in annotations if annotation.status == "kept"]
     assert shown.texts["passing"] == f"{len(kept)} of 55 ({100 * len(kept) / 55:.1f} %)"
     types = json.loads(shown.texts["data"])["types"]
@@ -237,7 +243,7 @@ def test_thresholds_in_a_browser(run, page, tmp_path):
         f"python -m launch.annotate --output={folder} --refilter --config.filter."
     )
     fragment = "#min_clarity=0.55&min_area=0.2&max_components=4"
-    shown = Page(browse(path, tmp_path / "profile", "--dump-dom", fragment=fragment))
+    shown = Page(browse(path, profile, "--dump-dom", fragment=fragment))
     other = dataclasses.replace(RULES, min_clarity=0.55, min_area=0.2, max_components=4)
     pending = [dataclasses.replace(a, status="pending") for a in annotations if a.stage == "score"]
     count = sum(choose(annotation, other).status == "kept" for annotation in pending)
@@ -246,7 +252,7 @@ def test_thresholds_in_a_browser(run, page, tmp_path):
 
 
 @needs_browser
-def test_the_audit_in_a_browser(run, page, tmp_path):
+def test_the_audit_in_a_browser(run, page, profile, tmp_path):
     """Two verdicts and a note, saved as CSV: read back with Python's reader."""
     act = """<pre id="csv"></pre><script>
       const parts = [];
@@ -262,7 +268,7 @@ def test_the_audit_in_a_browser(run, page, tmp_path):
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     path = tmp_path / "report.html"
     path.write_text(text.replace("</body>", f"{act}</body>"), encoding="utf-8")
-    dom = browse(path, tmp_path / "profile", "--dump-dom")
+    dom = browse(path, profile, "--dump-dom")
     shown = Page(dom)
     assert "<title>audit.csv</title>" in dom
     rows = list(csv.DictReader(io.StringIO(shown.texts["csv"].lstrip("\ufeff"))))
@@ -281,12 +287,12 @@ def test_the_audit_in_a_browser(run, page, tmp_path):
 
 @needs_browser
 @pytest.mark.parametrize(("width", "height", "dark"), [(1200, 2600, False), (420, 4200, True)])
-def test_screenshot(page, tmp_path, width, height, dark):
+def test_screenshot(page, profile, tmp_path, width, height, dark):
     """Looked at: the page is drawn from top to bottom, with photographs, red regions and yellow boxes."""
     path, picture = tmp_path / "report.html", tmp_path / "report.png"
     path.write_text(page, encoding="utf-8")
     theme = ["--blink-settings=preferredColorScheme=0"] if dark else ["--blink-settings=preferredColorScheme=1"]
-    browse(path, tmp_path / "profile", f"--screenshot={picture}", f"--window-size={width},{height}", *theme)
+    browse(path, profile, f"--screenshot={picture}", f"--window-size={width},{height}", *theme)
     if folder := os.environ.get("COCOEDIT_SCREENSHOTS"):
         shutil.copy(picture, Path(folder) / f"annotation_report_{width}.png")
     with Image.open(picture) as image:

@@ -26,7 +26,7 @@ def server():
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            name = self.headers["X-Request-Id"]
+            name = self.headers["X-Request-Id"].partition("-try")[0]  # each attempt has a name of its own
             first = name not in self.seen
             self.seen.append(name)
             status, reply = 200, answer({"custom_id": f"{name}|mark", "body": body})["response"]["body"]
@@ -46,10 +46,12 @@ def server():
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
-    yield SimpleNamespace(handler=Handler, url=f"http://127.0.0.1:{http.server_address[1]}/v1")
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    try:
+        yield SimpleNamespace(handler=Handler, url=f"http://127.0.0.1:{http.server_address[1]}/v1")
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
 
 
 def test_as_without_a_server(done, settings, photos, tmp_path, server):

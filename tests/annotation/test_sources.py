@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cocoedit_jax.annotation.run import find_items
 from cocoedit_jax.annotation.sources import FORMATS, detect, omniedit, read_items, release, unpack_source
 from cocoedit_jax.annotation.sources.omniedit import unpack_omniedit
 from cocoedit_jax.data.records import record_id
@@ -95,6 +96,26 @@ def test_a_folder_with_text_files(tmp_path):
     with pytest.raises(UserError) as caught:
         read_items(tmp_path)
     assert "c.png: no c.txt beside it" in str(caught.value) and "d.png: d.txt is empty" in str(caught.value)
+
+
+def test_pictures_that_are_not_read_are_said(tmp_path, capsys):
+    """A folder from a telephone is annotated in part, not in silence."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("a.png", "b.HEIC", "sub/c.heic", "sub/d.gif", "e.avif", ".hidden/f.gif", "notes.md"):
+        (tmp_path / name).write_bytes(CAT)
+    (tmp_path / "a.txt").write_text("make it red")
+    said = f"{tmp_path}: 1 x .avif, 1 x .gif, 2 x .heic left out; convert what is to be annotated to one of .png, .jpg"
+    for prompt in (None, "make it blue"):
+        assert [item.image for item in find_items(str(tmp_path), prompt)] == [str(tmp_path / "a.png")]
+        out = capsys.readouterr().out
+        assert out.startswith(said) and out.count("\n") == 1
+    lines(tmp_path / "prompts.jsonl", {"image": "a.png", "prompt": "p"})
+    assert len(find_items(str(tmp_path), None)) == 1 and not capsys.readouterr().out  # a list says what is wanted
+    (tmp_path / "prompts.jsonl").unlink()
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"2 x \.heic left out; convert"):
+        read_items(tmp_path)
 
 
 def test_a_folder_with_prompts_and_a_data_folder(tmp_path):

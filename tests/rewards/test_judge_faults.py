@@ -109,6 +109,17 @@ def served(port: int, faults: list[str], delay: float = 0.0):
         process.communicate()
 
 
+def test_a_server_process_with_every_fault(judge, truth):
+    port = free_port()
+    with served(port, ["", "", *TRANSIENT]):  # the first two answer what is asked at the start
+        j = judge(f"http://127.0.0.1:{port}", step_deadline_s=60.0)
+        j.start()
+        assert scores(j(requests())) == truth
+    counters = j.pop_counters()
+    assert sum(v for name, v in counters.items() if name.startswith("retry/")) == len(TRANSIENT)
+    assert counters["scored"] == 12 and not any(name.startswith("invalid") for name in counters)
+
+
 def test_a_server_killed_and_started_again_in_the_middle(judge, truth):
     port = free_port()
     with ThreadPoolExecutor(1) as pool:

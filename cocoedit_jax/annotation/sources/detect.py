@@ -42,6 +42,8 @@ def detect(path: Path | str) -> str:
             return _of_parquet(found[0])
         if any(True for _ in plain.pictures(path)):
             return "folder"
+        if line := plain.left_out(path):
+            raise UserError(line)
     raise UserError(f"{path}: not known; expected one of\n{_expected()}")
 
 

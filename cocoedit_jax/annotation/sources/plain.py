@@ -7,6 +7,7 @@ PROMPTS lines are objects with `image` (a path, relative to the file's folder or
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from cocoedit_jax.errors import UserError
 
 PROMPTS = "prompts.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# Named where they are left out, so that nobody takes a part of a folder for the whole.
+_NOT_READ = (".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")
 _LISTED = 20
 
 
@@ -77,9 +80,22 @@ def _item(data: Any, folder: Path) -> Item:
 
 def pictures(folder: Path) -> Iterator[Path]:
     """Pictures below a folder, in the order of their paths; hidden files and folders are left out."""
+    return _with_suffix(folder, PICTURES)
+
+
+def left_out(folder: Path) -> str:
+    """One line about the pictures below a folder in formats that are not read; empty where there are none."""
+    counts = Counter(path.suffix.lower() for path in _with_suffix(folder, _NOT_READ))
+    if not counts:
+        return ""
+    kinds = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(counts.items()))
+    return f"{folder}: {kinds} left out; convert what is to be annotated to one of {', '.join(PICTURES)}"
+
+
+def _with_suffix(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in PICTURES and not hidden and not path.is_dir():
+        if path.suffix.lower() in suffixes and not hidden and not path.is_dir():
             yield path
 
 

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import orbax_weights, quantize, weights
-from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.models.flux import FluxTransformer, abstract_params
 from cocoedit_jax.models.layers import LORA, Linear
 from cocoedit_jax.models.quantize import FORMATS, Kernel
@@ -221,7 +220,7 @@ def test_remat_policies_keep_no_sums():
         network: Any = FluxTransformer(CONFIG, remat=remat)
         return lambda x: jnp.sum(network.apply({"params": params}, x, text, pooled, half, half, ids, 8) ** 2)
 
-    for remat in REMAT_POLICIES:
+    for remat in ("none", "dots", "attention"):  # the others keep nothing of a block's inside
         kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(loss(remat), x)[1], x))  # noqa: B023
         assert not [leaf for leaf in kept if leaf.dtype == jnp.int32 and leaf.ndim > 1]
         # All kernels that there are: 12 x 12 and 12 x 48, in stacks of 2 and 3.

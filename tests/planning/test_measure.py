@@ -16,10 +16,11 @@ from tests.train.tiny import tiny_config, tiny_quickstart
 
 @pytest.fixture
 def workload(tmp_path, monkeypatch):
-    """16 samples of the tiny editor; two micro-batches of one per share on eight devices."""
+    """16 samples of the tiny editor, two micro-batches of one per share on eight devices; the cheapest programs."""
     (tmp_path / "config.json").write_text(tiny_quickstart().to_json())
     monkeypatch.setattr(measure, "peak_flops", lambda device: (1e9, "test"))
-    return Workload.of(tiny_config(tmp_path, tmp_path))
+    few = {"rollout.steps": 2, "rollout.solver": "euler", "algorithm.old_decay_type": 0, "algorithm.kl_weight": 0.0}
+    return Workload.of(tiny_config(tmp_path, tmp_path, "edit-r1", **few))
 
 
 def candidates(workload, per_shard):

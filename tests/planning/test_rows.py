@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import pytest
@@ -189,9 +190,11 @@ def test_gpus_by_formula(workload, tmp_path):
 
 def test_bad_candidates_are_named_together(workload):
     with pytest.raises(UserError) as error:
-        choose_candidates(workload, 16, layouts=["fsdb", "fsdp_tensor:tensor=5"], per_shard=[0], remat=["some"])
-    for text in ("fsdb", "tensor=5", "--per_shard=0", "--remat=some"):
-        assert text in str(error.value)
+        choose_candidates(
+            workload, 16, layouts=["fsdb", "fsdp_tensor:tensor=5", "replicated:data=8"], per_shard=[0], remat=["some"]
+        )
+    for text in ("fsdb", "tensor=5", "data=8: .* does not fit 16 devices", "--per_shard=0", "--remat=some"):
+        assert re.search(text, str(error.value))
     candidates = choose_candidates(workload, 128, layouts=["fsdp"])
     with pytest.raises(UserError, match=r"288 samples; expected a multiple of the \[128\]"):
         rows.check_samples(workload, candidates)

@@ -141,9 +141,9 @@ def step(name: str, layout: str, attention: str = "auto", sharded: bool = False,
 
 
 @functools.cache
-def rollout(name: str, layout: str, quantize: str = "") -> Case:
+def rollout(name: str, layout: str, attention: str = "auto", quantize: str = "") -> Case:
     """The sampler of model ``name`` on ``layout``, with an adapter."""
-    model = editor(name, quantize)
+    model = with_attention(editor(name, quantize), attention)
     mesh, params = _place(model, layout)
     grid = grid_of(model)
     adapter = lora.fold_scale(lora.init_adapter(jax.random.key(2), params["transformer"], LORA), LORA)

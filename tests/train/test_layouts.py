@@ -44,13 +44,17 @@ def in_bytes(tree, placed: bool) -> int:
     return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.dtype == np.float32)
 
 
-@pytest.mark.parametrize(("model", "layout"), CASES)
-def test_a_layout_computes_what_one_device_does(model, layout):
-    same_step(step(model, layout), step(model, "one"))
-    (x0, images), (expected_x0, expected_images) = rollout(model, layout).results, rollout(model, "one").results
+def same_rollout(case: Case, reference: Case) -> None:
+    (x0, images), (expected_x0, expected_images) = case.results, reference.results
     assert_close(x0, expected_x0, "latents")
     assert_close(images, expected_images, "images")
     assert np.ptp(expected_images) > 0.5
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_a_layout_computes_what_one_device_does(model, layout):
+    same_step(step(model, layout), step(model, "one"))
+    same_rollout(rollout(model, layout), rollout(model, "one"))
 
 
 def largest(case: Case) -> int:
@@ -143,11 +147,17 @@ def test_sequences_that_are_whole_on_every_device_give_the_same_step():
 
 
 @pytest.mark.slow
-def test_ring_attention_gives_the_same_step():
-    case = step("qwen", "fsdp_context", attention="ring")
-    same_step(case, step("qwen", "one"))
+@pytest.mark.parametrize("model", ["flux", "qwen"])
+@pytest.mark.parametrize(("attention", "kind"), [("ulysses", "all-to-all"), ("ring", "collective-permute")])
+def test_both_ways_to_split_tokens_give_the_same_step_and_samples(model, attention, kind):
+    case = step(model, "fsdp_context:context=4", attention=attention)
+    same_step(case, step(model, "one"))
     check_one_reduction(case)
-    assert any(e.kind == "collective-permute" and axes == ("context",) for e, axes in found(case))
+    sampled = rollout(model, "fsdp_context:context=4", attention)
+    same_rollout(sampled, rollout(model, "one"))
+    for program in (case, sampled):
+        kinds = {e.kind for e, axes in found(program) if axes == (CONTEXT,)}
+        assert kinds & {"all-to-all", "collective-permute"} == {kind}
 
 
 def test_every_axis_of_the_rules_is_covered():

@@ -6,6 +6,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -21,6 +22,7 @@ from cocoedit_jax.planning.workload import Workload, choose_candidates
 from cocoedit_jax.sharding.chips import CHIPS
 from cocoedit_jax.sharding.layouts import layout_mesh
 from cocoedit_jax.sharding.mesh import make_mesh
+from cocoedit_jax.train import evaluate
 from cocoedit_jax.train.config_checks import check_config
 from cocoedit_jax.train.editors import EDITORS
 from cocoedit_jax.train.loop import train
@@ -131,6 +133,26 @@ def test_bases_of_the_phases(config):
             np.testing.assert_array_equal(ours, expected)
         ends = [base.params["transformer"]["proj_out"]["kernel"] for base in (two.base, two.rollout_base)]
         assert ends[0] is not ends[1]  # a move of one base must not take it from the other
+
+
+def test_evaluations_use_the_base_of_the_optimizer_step(config, monkeypatch):
+    """As edited by whoever takes the trained adapter, whatever format the rollout samples in."""
+    used = []
+
+    def make_sampler(editor, grid, sigmas, solver, mesh):
+        def sample(params, adapter, conditioning, keys):
+            kernel = kernel_of(params)
+            used.append((editor.quantize, kernel.format if quantize.is_kernel(kernel) else ""))
+            return None, jnp.zeros((len(keys), config.data.resolution, config.data.resolution, 3))
+
+        return sample
+
+    monkeypatch.setattr(evaluate, "make_sampler", make_sampler)
+    config.mesh.data = 1
+    for phases in (("int8", ""), ("", "int8"), ("int8", "int8_weights")):
+        config.rollout.quantize, config.train.quantize = phases
+        evaluate.Evaluator(build(config))(None, 1)
+        assert used.pop() == (phases[1], phases[1]) and not used
 
 
 @pytest.mark.slow

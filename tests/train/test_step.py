@@ -13,7 +13,7 @@ from cocoedit_jax.models.quickstart import build_editor
 from cocoedit_jax.models.text import TextStates
 from cocoedit_jax.nft.objective import ObjectiveInputs, nft_objective
 from cocoedit_jax.nft.policy import blend
-from cocoedit_jax.nft.presets import PRESETS, preset
+from cocoedit_jax.nft.presets import PRESETS, NFTConfig, preset
 from cocoedit_jax.sharding.mesh import batch_sharding, make_mesh, replicated
 from cocoedit_jax.sharding.rules import parameter_shardings
 from cocoedit_jax.train.step import (
@@ -77,16 +77,17 @@ def scalars(count: int = NUM_MICRO * MICRO, num_micro: int = NUM_MICRO) -> StepS
 
 
 @functools.cache
-def program(name: str, sizes: tuple, devices: int, changes: tuple):
-    """Settings, mesh and step function; compiled once for all tests that use them."""
-    cfg = preset(name).replace(**{"timestep_fraction": 0.7, **dict(changes)})
+def program(cfg: NFTConfig, sizes: tuple, devices: int):
+    """Mesh and step function; compiled once for all tests that use them."""
     mesh = make_mesh(dict(sizes), jax.devices()[:devices])
-    return cfg, mesh, make_train_step(EDITOR, GRID, SIGMAS, cfg, LORA, OPTIMIZER, mesh)
+    return mesh, make_train_step(EDITOR, GRID, SIGMAS, cfg, LORA, OPTIMIZER, mesh)
 
 
 def setup(name: str, sizes: dict[str, int], devices: int = 8, **changes):
     """Step function, state and placed base parameters for a preset on a mesh."""
-    cfg, mesh, step = program(name, tuple(sizes.items()), devices, tuple(changes.items()))
+    cfg = preset(name).replace(**{"timestep_fraction": 0.7, **changes})
+    unread = {"ban": True, "ban_std": 0.02}  # by the step, so that presets may share a program
+    mesh, step = program(cfg.replace(**unread), tuple(sizes.items()), devices)
     params = random_params(EDITOR)
     params = jax.device_put(params, parameter_shardings(jax.eval_shape(EDITOR.init, jax.random.key(0)), mesh))
     theta = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.05), ADAPTER)
@@ -124,46 +125,57 @@ def test_every_preset_steps_and_the_old_policy_follows(name):
         assert new.ema is None
 
 
+TRAINED = {"kl_weight": 0.1, "train_at_pure_noise": True}
+
+
+@functools.cache
+def expected_step():
+    """``(theta, old, params, batch, key, weight) -> (loss, gradient)`` without micro-batches or scans over timesteps of
+    several policies: one (micro-batch, timestep) pair at a time, whose KL term has its own ``weight``."""
+    cfg = preset("cocoedit").replace(timestep_fraction=0.7, **TRAINED)
+    num, levels = cfg.num_timesteps(3), jnp.asarray(SIGMAS[:-1], jnp.float32)
+
+    def loss(theta, old, params, batch, key, weight):
+        def one_pair(total, pair):
+            row, i = pair
+            rows = jax.tree.map(lambda x: x[row], batch)
+            keys = jax.vmap(lambda n: jax.random.split(jax.random.fold_in(key, n)))(rows.sample)
+            t = jax.vmap(lambda k: sample_timesteps(k, levels, num, "permutation")[i])(keys[:, 0])
+            noise = jax.vmap(lambda k: jax.random.normal(k, (num, *rows.x0.shape[1:]))[i])(keys[:, 1])
+            x_t = (1 - t[:, None, None]) * rows.x0 + t[:, None, None] * noise
+
+            def velocity(adapter):
+                folded = None if adapter is None else lora.fold_scale(adapter, LORA)
+                return EDITOR.velocity(params, folded, x_t, t, rows.conditioning, GRID)
+
+            given = ObjectiveInputs(
+                x0=rows.x0, x_t=x_t, source=rows.conditioning.source, t=t, v_old=velocity(old), v_theta=velocity(theta),
+                v_ref=velocity(None), preserve_latent=rows.preserve_latent, r=rows.r, tau_pos=rows.tau_pos,
+                tau_neg=rows.tau_neg, patch=GRID.patch,
+            )  # fmt: skip
+            whole, without = (nft_objective(given, c).loss.sum() for c in (cfg, cfg.replace(kl_weight=0.0)))
+            return total + without + weight[row, i] * (whole - without), None
+
+        pairs = jnp.asarray([(row, i) for row in range(NUM_MICRO) for i in range(num)]).T
+        return jax.lax.scan(one_pair, jnp.float32(0), tuple(pairs))[0] / (num * NUM_MICRO * MICRO)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
 @pytest.mark.parametrize("kl_fraction", [1.0, 0.25])
 def test_the_step_is_the_sum_over_samples_and_timesteps(kl_fraction):
     """Against a plain loop: every sample's own timesteps and noise, three policies, one mean over all; the KL term of
     the chosen (micro-batch, timestep) pairs counts four times at a quarter of them."""
-    changes = {"kl_weight": 0.1, "train_at_pure_noise": True, "kl_fraction": kl_fraction}
+    changes = TRAINED | {"kl_fraction": kl_fraction}
     cfg, _, step, state, params = setup("cocoedit", {"data": 1}, devices=1, **changes)
     batch, s = random_batch(token_r=False), scalars()
     before = jax.device_get(state)
-    num = cfg.num_timesteps(3)
-    chosen = np.ones((NUM_MICRO, num), bool)
+    chosen = np.ones((NUM_MICRO, cfg.num_timesteps(3)), bool)
     if kl_fraction < 1:
         chosen = np.asarray(reference_pairs(jax.random.fold_in(s.key, 2**32 - 1), NUM_MICRO, chosen.shape, kl_fraction))
         assert chosen.sum() == 1
-
-    def loss(theta):
-        total = jnp.float32(0)
-        for row in range(NUM_MICRO):
-            rows = jax.tree.map(lambda x: jnp.asarray(x[row]), batch)  # noqa: B023
-            keys = [jax.random.split(jax.random.fold_in(s.key, n)) for n in np.asarray(batch.sample[row])]
-            times = [sample_timesteps(k[0], jnp.asarray(SIGMAS[:-1], jnp.float32), num, "permutation") for k in keys]
-            noises = [jax.random.normal(k[1], (num, *rows.x0.shape[1:])) for k in keys]
-            for i in range(num):
-                t, noise = jnp.stack([x[i] for x in times]), jnp.stack([x[i] for x in noises])
-                x_t = (1 - t[:, None, None]) * rows.x0 + t[:, None, None] * noise
-
-                def velocity(adapter, x_t=x_t, t=t, rows=rows):
-                    folded = None if adapter is None else lora.fold_scale(adapter, LORA)
-                    return EDITOR.velocity(params, folded, x_t, t, rows.conditioning, GRID)
-
-                out = nft_objective(
-                    ObjectiveInputs(
-                        x0=rows.x0, x_t=x_t, source=rows.conditioning.source, t=t, v_old=velocity(before.old),
-                        v_theta=velocity(theta), v_ref=velocity(None), preserve_latent=rows.preserve_latent, r=rows.r,
-                        tau_pos=rows.tau_pos, tau_neg=rows.tau_neg, patch=GRID.patch,
-                    ), cfg.replace(kl_weight=0.1 / kl_fraction * chosen[row, i]),
-                )  # fmt: skip
-                total += out.loss.sum() / (num * NUM_MICRO * MICRO)
-        return total
-
-    expected, gradient = jax.jit(jax.value_and_grad(loss))(before.theta)
+    weight = (chosen / kl_fraction).astype(np.float32)
+    expected, gradient = expected_step()(before.theta, before.old, params, batch, s.key, weight)
     new, metrics, _ = run("cocoedit", {"data": 1}, devices=1, **changes)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert metrics["kl"] > 1e-3 and metrics["deviation_old"] > 0
@@ -176,11 +188,11 @@ def test_the_step_is_the_sum_over_samples_and_timesteps(kl_fraction):
 def test_pure_noise_is_left_out_unless_asked_for():
     """At t = 1 the sampled latent is gone from x_t, and the error of predicting it largest."""
     assert SIGMAS[0] == 1
-    errors = {}
-    for flag in (True, False):
-        _, metrics, _ = run("cocoedit", {"data": 1}, devices=1, train_at_pure_noise=flag, timestep_fraction=1.0)
-        errors[flag] = float(metrics["x0_error"])
-    assert errors[False] < 0.95 * errors[True]
+    errors = [
+        float(run("cocoedit", {"data": 1}, devices=1, **changes)[1]["x0_error"])
+        for changes in ({}, TRAINED)  # two levels of two, or of three; the KL term is not part of it
+    ]
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_samples_left_out_do_not_count():
@@ -197,13 +209,19 @@ def test_samples_left_out_do_not_count():
     assert_trees_close(short[0].opt_state[1][0].mu, full[0].opt_state[1][0].mu, 1e-5)
 
 
-def test_global_and_micro_reduction_differ_as_documented():
+@pytest.mark.parametrize(("name", "weights"), [("cocoedit", (1 / 9, 8 / 9)), ("cocoedit-official", (1 / 2, 1 / 2))])
+def test_global_and_micro_reduction_differ_as_documented(name, weights):
+    """One valid sample in the first micro-batch, eight in the second: every sample, or every micro-batch, counts the
+    same."""
     batch = random_batch(token_r=False)
-    batch.valid[0, 1:] = 0  # one valid sample in the first micro-batch, eight in the second
-    count = int(batch.valid.sum())
-    _, glob, _ = run("cocoedit", {"data": 1}, 1, batch, scalars(count), valid_reduction="global")
-    _, micro, _ = run("cocoedit", {"data": 1}, 1, batch, scalars(count), valid_reduction="micro")
-    assert abs(glob["loss"] - micro["loss"]) > 1e-4 * abs(glob["loss"])
+    batch.valid[0, 1:] = 0
+    swapped = jax.tree.map(lambda x: x[::-1].copy(), batch)
+    losses = [
+        run(name, {"data": 1}, 1, given, scalars(count, num_micro))[1]["loss"]
+        for given, count, num_micro in ((batch, 9, 2), (batch, 1, 1), (swapped, 8, 1))
+    ]
+    np.testing.assert_allclose(losses[0], np.dot(weights, losses[1:]), rtol=1e-5)
+    assert abs(losses[1] - losses[2]) > 0.01 * abs(losses[0])
 
 
 def test_not_finite_leaves_the_state_and_names_the_gradients():

@@ -104,6 +104,22 @@ def test_a_request_that_is_always_refused_does_not_hold_up_the_others(settings, 
     assert "9 records taken on, 0 without" in capsys.readouterr().out
 
 
+def test_what_was_left_out_is_not_buried_with_what_was_refused(settings, photos, tmp_path):
+    """Two records of one shard: one is refused as it is, the other one's reply is not there yet."""
+    out = tmp_path / "out"
+    patient = replace(settings, models=replace(settings.models, max_unanswered=0.2))
+    classified(patient, photos, out)
+    run.annotate(patient, out, emit_batch="box")
+    *others, missing, refused, last = requests_of(out, "box")[1]
+    rows = [*map(answer, others), failed(refused, 400), answer(last)]
+    assert run.annotate(patient, out, accept_batch=[write(tmp_path / "r.jsonl", rows)]) is None
+    shard = Store.open(out).read(4)
+    assert [(a.status, a.reason) for a in shard] == [("pending", "no_reply"), ("dead", "refused_request")]
+    run.annotate(patient, out, emit_batch="box")
+    again = [line["custom_id"] for line in requests_of(out, "box")[1] if "|probe|" not in line["custom_id"]]
+    assert again == [missing["custom_id"]]
+
+
 def test_replies_beside_the_requests_are_left_alone(settings, photos, tmp_path):
     out = tmp_path / "out"
     for _ in range(2):

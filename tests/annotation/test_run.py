@@ -277,7 +277,7 @@ def test_the_sampled_digit_alone_is_no_answer(done, settings, photos, tmp_path, 
 
     def cut(name, *rest):
         reply = whole(name, *rest)
-        if name != f"score|clarity|{lost}":
+        if name != f"score|clarity|{lost}" or reply.logprobs is None:
             return reply
         return replace(reply, logprobs=((reply.logprobs[0][0],),))
 

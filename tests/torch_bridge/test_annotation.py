@@ -73,8 +73,8 @@ def test_nothing_is_lost_or_made_up(tmp_path, monkeypatch):
         with Image.open(tmp_path / f"in/{name}.jpg") as image:
             boxed = replace(found[name], status="pending", mask_file=None)
             _, mask = stages.segment(boxed, image.convert("RGB"), segmenter, settings)
+        assert mask is not None and 0 < mask.mean() < 1
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / found[name].mask_file)) == 0, mask)
-        assert 0 < mask.mean() < 1
     # The masks are there for a filter that asks for no scores and takes any shape.
     anything = {f"min_{name}": None for name in ("clarity", "mask_accuracy", "prominence")}
     anything |= {"min_area": 0.0, "max_area": 1.0, "min_crop_area": 0.0, "max_crop_area": 1.0, "min_box_iou": 0.0}

@@ -88,8 +88,11 @@ def test_the_projects_client_is_served(client):
 
 def test_openais_own_client_is_served(client):
     """Its types are strict about nothing; the replies must be valid for them all the same."""
-    place = {"base_url": f"{client.base_url}/v1", "api_key": "unused", "max_retries": 0}
-    with httpx.Client(trust_env=False) as direct, openai.OpenAI(**place, http_client=direct) as other:
+    url = f"{client.base_url}/v1"
+    with (
+        httpx.Client(trust_env=False) as direct,
+        openai.OpenAI(base_url=url, api_key="unused", max_retries=0, http_client=direct) as other,
+    ):
         listed = other.models.list().data[0]
         reply = other.chat.completions.create(**GOOD)
         ChatCompletion.model_validate(reply.model_dump(), strict=True)

@@ -38,9 +38,6 @@ class Chip:
     fp8: float = 0.0
 
 
-_HOPPER = {"int8": 1979e12, "fp8": 1979e12}
-_BLACKWELL = {"int8": 4500e12, "fp8": 4500e12}
-
 CHIPS: dict[str, Chip] = {
     # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p-training,v6e,tpu7x}: peak, HBM, and half of the "bidirectional ICI
     # bandwidth per chip" (600, 400, 1200, 800, 1200 GB/s). HBM of v5e is what its compiler allows (of 16 GiB); of the
@@ -58,9 +55,12 @@ CHIPS: dict[str, Chip] = {
     # both directions together; one InfiniBand adapter per GPU, 200 Gb/s (H, B: 400), as in DGX systems. 5 % of the
     # memory is the driver's and the allocator's.
     "a100": Chip(("NVIDIA A100",), "gpu", 312e12, 0.95 * 80 * GB, 2039 * GB, 300 * GB, 25 * GB, node=8, int8=624e12),
-    "h100": Chip(("NVIDIA H100",), "gpu", 989e12, 0.95 * 80 * GB, 3350 * GB, 450 * GB, 50 * GB, 8, **_HOPPER),
-    "h200": Chip(("NVIDIA H200",), "gpu", 989e12, 0.95 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, 8, **_HOPPER),
-    "b200": Chip(("NVIDIA B200",), "gpu", 2250e12, 0.95 * 180 * GB, 7700 * GB, 900 * GB, 50 * GB, 8, **_BLACKWELL),
+    "h100": Chip(("NVIDIA H100",), "gpu", 989e12, 0.95 * 80 * GB, 3350 * GB, 450 * GB, 50 * GB, node=8,
+                 int8=1979e12, fp8=1979e12),
+    "h200": Chip(("NVIDIA H200",), "gpu", 989e12, 0.95 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, node=8,
+                 int8=1979e12, fp8=1979e12),
+    "b200": Chip(("NVIDIA B200",), "gpu", 2250e12, 0.95 * 180 * GB, 7700 * GB, 900 * GB, 50 * GB, node=8,
+                 int8=4500e12, fp8=4500e12),
 }  # fmt: skip
 # Cards that are slower than the SXM one whose name they start with.
 OTHER_CARDS = ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H200 NVL")

@@ -34,7 +34,11 @@ def test_restores_onto_another_mesh(saved, sizes):
 
 
 def test_saved_from_a_mesh(tmp_path):
-    params = random_params(BF16)
+    def quiet(x):  # Orbax cuts replicas by compiled programs, which may change what a NaN carries
+        raw = x.view(np.uint16)
+        return np.where(raw & 0x7FFF > 0x7F80, np.uint16(0x7FC0), raw).view(BF16)
+
+    params = jax.tree.map(quiet, random_params(BF16))
     sharded = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), params, target({"fsdp": 4, "tensor": 2}))
     save_orbax(tmp_path, sharded, CONFIG_JSON)
     assert_same_bits(load_orbax(tmp_path, target({"fsdp": 2}), dtype="stored"), params)

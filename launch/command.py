@@ -49,6 +49,9 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # ml_collections raises these for overrides and files that do not fit, with what was looked for in the text.
+        missing = error.args[0] if error.args and isinstance(error.args[0], KeyError) else None
+        if missing is not None:  # 'learning_rat' <newline> Did you mean "learning_rate" instead of "learning_rat"?
+            sys.exit(f"error: --config: there is no key {'; '.join(str(missing.args[0]).splitlines())}")
         sys.exit(f"error: --config: {error}")
 
 

@@ -191,7 +191,7 @@ def test_bad_settings_are_refused_before_anything_runs(tiny_base, tiny_data, key
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config=configs/quickstart.py", "--config.train.learning_rat=1"], "learning_rat"),
+        (["--config=configs/quickstart.py", "--config.train.learning_rat=1"], "no key 'learning_rat'; Did you"),
         (["--config=configs/quickstart.py:cocoedit2"], "preset is 'cocoedit2'"),
         (["--config=configs/nowhere.py"], "nowhere.py"),
         (["--config=configs/quickstart.py", "--resume", "--run=no/such/run"], "nothing to resume"),

@@ -199,8 +199,8 @@ class PhaseTimer:
     """Seconds spent in named phases. A phase inside another one counts only for itself, so the sum is real time
     (or whatever ``clock`` reads)."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock or time.perf_counter
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0

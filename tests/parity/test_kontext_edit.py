@@ -57,7 +57,7 @@ def pixels(path):
         return np.asarray(file, np.int32)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (48, 96), (96, 32)], ids=str)
+@pytest.mark.parametrize("size", [(64, 64), (48, 96), pytest.param((96, 32), marks=pytest.mark.slow)], ids=str)
 def test_edits_equal_diffusers(folder, pipeline, size):
     import torch
 

@@ -34,7 +34,12 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("edit_landscape", "plus_one")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
+)
 def case(request, torch_side, tmp_path_factory):
     return (*CASES[request.param], tmp_path_factory.mktemp(request.param))
 

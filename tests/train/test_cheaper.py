@@ -96,6 +96,7 @@ def test_kl_of_a_fraction_is_that_of_all_on_average():
     assert abs(ratio.mean() - 1) < 3 * ratio.std(ddof=1) / np.sqrt(len(keys)) < 0.4
 
 
+@pytest.mark.slow
 def test_devices_choose_the_same_pairs():
     """The forward that is left out holds collectives: a device that took part alone would wait for ever."""
     sharded = run("cocoedit", {"fsdp": 8}, **KL, kl_fraction=0.25)

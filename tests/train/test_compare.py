@@ -22,6 +22,7 @@ def get_config(name="cocoedit"):
 """
 
 
+@pytest.mark.slow
 def test_compare(tiny_base, tiny_data, tmp_path, monkeypatch):
     config, out = tmp_path / "config.py", tmp_path / "out"
     config.write_text(CONFIG.format(base=str(tiny_base), data=str(tiny_data)))

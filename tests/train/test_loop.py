@@ -248,6 +248,7 @@ def test_a_reward_that_is_no_number_stops_the_run(config, tmp_path, monkeypatch)
         train(build(config), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_bans_hold_survive_a_resume_and_the_old_policy_samples(tiny_base, tiny_data, tmp_path, monkeypatch):
     """A judge that gives every edit of some records full marks solves them: they are never drawn again."""
     from cocoedit_jax.train import trainer

@@ -111,7 +111,12 @@ def assert_trees_close(a, b, rtol: float) -> None:
         np.testing.assert_allclose(x, y, atol=rtol * max(np.abs(y).max(), 1e-6), rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+SLOW_PRESETS = ("cocoedit-official", "diffusion-nft", "edit-r1")  # each has a program of its own
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_PRESETS else name for name in sorted(PRESETS)]
+)
 def test_every_preset_steps_and_the_old_policy_follows(name):
     cfg, _, _, state, _ = setup(name, {"data": 1}, devices=1)
     before = jax.device_get(state)

@@ -21,7 +21,9 @@ def start(processes: int, devices: int, options: dict[str, Any]) -> list[subproc
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
+    # Compiling takes nearly all of the time: as in tests/conftest.py.
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    flags += f" --xla_force_host_platform_device_count={devices // processes}"
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT),
         "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": options["cache"],
@@ -49,7 +51,7 @@ def finish(started: list[subprocess.Popen], seconds: float) -> list[tuple[int, s
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
 
 
-def run(processes: int, devices: int, options: dict[str, Any], seconds: float = 400) -> list[str]:
+def run(processes: int, devices: int, options: dict[str, Any], seconds: float = 900) -> list[str]:
     """Outputs of a run that must succeed."""
     ended = finish(start(processes, devices, options), seconds)
     assert all(code == 0 for code, _ in ended), "\n\n".join(f"[{code}] {text[-3000:]}" for code, text in ended)

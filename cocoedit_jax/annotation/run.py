@@ -46,7 +46,7 @@ def annotate(
     if refilter:
         return _gather_or_tell(Store.open(output), settings, part)
     if source is not None and output.resolve().is_relative_to(Path(source).resolve()):
-        if prompt is not None or not any((Path(source) / name).is_file() for name in (plain.PROMPTS, METADATA)):
+        if prompt is not None or not _lists_records(Path(source)):
             raise UserError(f"--output={output}: lies in --input, whose pictures it would add to; give another place")
     items = None if source is None else find_items(source, prompt)
     plan = engine.plan(settings, prompts)
@@ -93,12 +93,17 @@ def _lay_out(output: Path, items: Sequence[Item] | None, plan: Mapping[str, Any]
     return store
 
 
+def _lists_records(folder: Path) -> bool:
+    """Whether a file in ``folder`` names its pictures, so that those lying there are not searched for."""
+    return any((folder / name).is_file() for name in (plain.PROMPTS, METADATA))
+
+
 def find_items(source: str, prompt: str | None) -> list[Item]:
     """The items at `source`; with `prompt`, every picture of a folder with this instruction. Says what kinds of
     pictures of a folder are not read. Raises UserError.
     """
     folder = Path(source)
-    listed = prompt is None and any((folder / name).is_file() for name in (plain.PROMPTS, METADATA))
+    listed = prompt is None and _lists_records(folder)
     if folder.is_dir() and not listed and (line := plain.left_out(folder)):
         print(line)
     if prompt is None:

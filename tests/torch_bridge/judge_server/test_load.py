@@ -34,6 +34,21 @@ def assert_full(reply):
     assert int(reply.headers["retry-after"]) >= 1
 
 
+def fill(gate, admitted, refused):
+    """The first of ``admitted`` is computed and the others fill the queue: ``refused`` has no place until they are
+    done."""
+    model, client, send = gate
+    replies = [send(admitted[0])]
+    assert model.started.wait(60)
+    replies += [send(words) for words in admitted[1:]]
+    wait_for_depth(client, len(admitted) - 1)
+    for _ in range(3):
+        assert_full(client.post(PATH, json=good(refused)))
+    model.go.set()
+    assert [reply.result().status_code for reply in replies] == [200] * len(admitted)
+    assert still_serves(client)
+
+
 def test_requests_at_one_time_are_computed_at_once():
     with gated(AppSettings("fake", batches=BatchLimits(size=8))) as (model, client, send):
         first = send("red, the first")
@@ -48,16 +63,9 @@ def test_requests_at_one_time_are_computed_at_once():
 
 
 def test_a_full_queue_refuses_and_recovers():
-    with gated(AppSettings("fake", batches=BatchLimits(size=1, queue=3))) as (model, client, send):
-        admitted = [send("red, the first")]
-        assert model.started.wait(60)
-        admitted += [send("red, the second"), send("red, the third")]
-        wait_for_depth(client, 2)
-        for _ in range(3):
-            assert_full(client.post(PATH, json=good("red, refused")))
-        model.go.set()
-        assert [reply.result().status_code for reply in admitted] == [200] * 3
-        assert still_serves(client)
+    with gated(AppSettings("fake", batches=BatchLimits(size=1, queue=3))) as gate:
+        fill(gate, ["red, the first", "red, the second", "red, the third"], "red, refused")
+        model = gate[0]
         assert ["red, refused"] not in model.batches and len(model.batches) == 4
 
 
@@ -66,16 +74,8 @@ def test_what_waits_is_bounded_by_its_size():
     job = read_job(parse_request(json.dumps(good("red 0")).encode()), "fake", 256, LIMITS)
     tokens = FakeModel().prepare(job.messages).tokens
     batches = BatchLimits(size=1, queue=50, queue_tokens=int(2.5 * tokens))
-    with gated(AppSettings("fake", limits=LIMITS, batches=batches)) as (model, client, send):
-        admitted = [send("red 0")]
-        assert model.started.wait(60)
-        admitted += [send("red 1"), send("red 2")]
-        wait_for_depth(client, 2)
-        for _ in range(3):
-            assert_full(client.post(PATH, json=good("red 3")))
-        model.go.set()
-        assert [reply.result().status_code for reply in admitted] == [200] * 3
-        assert still_serves(client)
+    with gated(AppSettings("fake", limits=LIMITS, batches=batches)) as gate:
+        fill(gate, ["red 0", "red 1", "red 2"], "red 3")
 
 
 def test_what_takes_too_long_is_given_up():

@@ -1,6 +1,7 @@
 """What every command does: bad input ends in one line that says what is wrong, and compiled programs are kept."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,16 @@ def keep_compiled_programs() -> None:
     os.environ.update({name.upper(): str(value) for name, value in settings.items()})
 
 
+def give_simulated_devices_threads() -> None:
+    """Lets the simulated devices of ``--xla_force_host_platform_device_count`` run on eight threads each.
+
+    An exchange that waits for other devices holds a thread, and a device may wait in several at once. XLA's own number
+    is the larger of cores and devices: there they all wait sooner or later, and after 40 s it ends the process.
+    """
+    if forced := re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
+        os.environ.setdefault("PJRT_NPROC", str(max(8 * int(forced[1]), os.cpu_count() or 1)))
+
+
 def _parse(argv: list[str]) -> list[str]:
     """The command line, with configuration files loaded. Faults of either end the program."""
     try:
@@ -68,6 +79,7 @@ def run(main: Callable[[list[str]], None], setup: Callable[[], None] | None = No
             sys.exit(f"error: unexpected arguments {argv[1:]}; options are written --name=value")
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
         keep_compiled_programs()
+        give_simulated_devices_threads()
         try:
             if setup is not None:
                 setup()

@@ -224,7 +224,13 @@ def make_train_step(
         rows = jax.tree.map(lambda x: x[0], batch)
         shapes = jax.eval_shape(
             lambda: jax.grad(micro_loss, has_aux=True)(
-                theta, old, params, rows, rows.valid.astype(jnp.float32), jnp.zeros(rows.x0.shape), with_ref[0, 0],
+                theta,
+                old,
+                params,
+                rows,
+                rows.valid.astype(jnp.float32),
+                jnp.zeros(rows.x0.shape),
+                with_ref[0, 0],
                 scalars,
             )  # fmt: skip
         )

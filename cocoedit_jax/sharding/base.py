@@ -1,5 +1,6 @@
 """The frozen base, moved between the layouts of the phases that use it."""
 
+import hashlib
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from cocoedit_jax.models.layers import MODULATION
 from cocoedit_jax.models.quantize import is_kernel, quantize_placed, with_format
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
 
@@ -23,6 +25,36 @@ def reshard(tree: Any, shardings: Any) -> Any:
         return moved
 
     return jax.tree.map(move, tree, shardings)
+
+
+@jax.jit
+def _checksums(arrays: list[jax.Array]) -> list[jax.Array]:
+    """A uint32 of every array: its elements' bits, each times an odd number that tells its place, summed modulo 2^32.
+    Whole numbers add up alike in every order, so on every mesh."""
+
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)  # as a sum over axes: a reshape would gather what is split
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (jnp.uint32(2) * place + jnp.uint32(1)), dtype=jnp.uint32)
+
+    return [checksum(x) for x in arrays]
+
+
+def weights_fingerprint(params: Any) -> str:
+    """16 hex digits that tell one base from another: names, shapes, dtypes and every bit of the arrays in it.
+
+    Read where the arrays are, once; the same in every layout and for any number of processes. Only arrays that are as
+    they were stored count: what loading computes, quantised kernels and modulation tables, may differ in the last
+    digits on another chip.
+    """
+    stored = {name: tree for name, tree in params.items() if name != MODULATION}
+    named = jax.tree_util.tree_flatten_with_path(stored, is_leaf=is_kernel)[0]
+    named = [(jax.tree_util.keystr(path), x) for path, x in named if not is_kernel(x)]
+    sums = jax.device_get(_checksums([x for _, x in named]))
+    lines = [f"{name} {x.dtype} {x.shape} {int(total)}" for (name, x), total in zip(named, sums, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 class Base:

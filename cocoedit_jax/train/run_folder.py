@@ -12,11 +12,10 @@ from cocoedit_jax.reporting.telemetry import dotted, write_json
 
 CONFIG, EVALUATION = "config.json", "evaluation.json"
 # Settings that may differ between a run and its continuation: they change how long it runs, where it and its judge run
-# and what is shown. The data may move; that it is the same data is checked by its fingerprint, which the checkpoint
-# holds.
+# and what is shown. Data and base may move; that they are the same is checked by the fingerprints in the checkpoint.
 _MAY_CHANGE = (
     "train.steps", "checkpoint.", "evaluation.", "mesh.", "rollout.layout", "train.layout",
-    "train.adapters", "data.path", "model.remat", "model.attention", "max_unscored",
+    "train.adapters", "data.path", "model.path", "model.remat", "model.attention", "max_unscored",
     *(f"judge.vlm.{name}" for name in ("endpoints", "concurrency", "timeout_s", "step_deadline_s", "start_deadline_s",
                                        "cache_dir", "key_env", "key_file", "canary_every")),
 )  # fmt: skip

@@ -222,18 +222,8 @@ def make_train_step(
             ref_key = jax.random.fold_in(scalars.key, _REFERENCE)
             with_ref = reference_pairs(ref_key, scalars.num_micro, pairs, cfg.kl_fraction)
         rows = jax.tree.map(lambda x: x[0], batch)
-        shapes = jax.eval_shape(
-            lambda: jax.grad(micro_loss, has_aux=True)(
-                theta,
-                old,
-                params,
-                rows,
-                rows.valid.astype(jnp.float32),
-                jnp.zeros(rows.x0.shape),
-                with_ref[0, 0],
-                scalars,
-            )  # fmt: skip
-        )
+        example = rows, rows.valid.astype(jnp.float32), jnp.zeros(rows.x0.shape), with_ref[0, 0]
+        shapes = jax.eval_shape(lambda: jax.grad(micro_loss, has_aux=True)(theta, old, params, *example, scalars))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         totals = jax.lax.fori_loop(0, scalars.num_micro, one_micro_batch, zeros)
         return jax.tree.map(lambda x: x[None], totals)

@@ -22,7 +22,7 @@ from cocoedit_jax.reporting.pictures import sample_grid
 from cocoedit_jax.reporting.telemetry import PhaseTimer, progress
 from cocoedit_jax.rewards.judge import judge_hook
 from cocoedit_jax.sharding import processes
-from cocoedit_jax.sharding.base import Base
+from cocoedit_jax.sharding.base import Base, weights_fingerprint
 from cocoedit_jax.sharding.mesh import batch_sharding, replicated
 from cocoedit_jax.sharding.rules import adapter_shardings
 from cocoedit_jax.sharding.shares import Shares, divide, place
@@ -67,7 +67,7 @@ class Trainer:
         self.sharded = self.config.train.get("adapters", "replicated") == "sharded"
         self.state = self._initial_state()
         self.banned: set[str] = set()
-        self.data = fingerprint(setup.train_records)
+        self.prints = {"data": fingerprint(setup.train_records), "base": weights_fingerprint(setup.params)}
         self._programs: dict[int, Programs] = {}
         self.performance = Performance(setup)
         self.metrics: dict[str, float] = {}  # of the last step
@@ -295,17 +295,27 @@ class Trainer:
         if processes.is_first():
             lora_files.save_lora(folder, jax.device_get(adapter), self.setup.lora, info)
         # The checkpoint comes last: whatever is killed before it is on disk is done again.
-        progress = {"banned": sorted(self.banned), "step": step, "seed": self.config.seed, "data": self.data}
-        self.checkpoints.save(self.state, progress)
+        progress = {"banned": sorted(self.banned), "step": step, "seed": self.config.seed}
+        self.checkpoints.save(self.state, progress | self.prints)
 
     def resume(self) -> int:
-        """Loads the newest checkpoint; returns its step. Raises UserError if it was trained on other records."""
+        """Loads the newest checkpoint; returns its step.
+
+        Raises:
+            UserError: it was trained on other records, or on another base.
+        """
         self.state, saved = self.checkpoints.restore(self.state)
-        if saved["data"] != self.data:
-            raise UserError(
-                f"--resume: the records of {self.config.data.path} are not those that {self.run_dir} was trained on "
-                f"(fingerprint {self.data}, {saved['data']} then); point config.data.path at the same data"
-            )
+        config = self.config
+        for name, what, field, value in (
+            ("data", f"the records of {config.data.path}", "config.data.path", "data"),
+            ("base", f"the base weights of {config.model.path or 'the quickstart'}", "config.model.path", "weights"),
+        ):
+            now, then = self.prints[name], saved[name]
+            if now != then:
+                raise UserError(
+                    f"--resume: {what} are not those that {self.run_dir} was trained on (fingerprint {now}, {then} "
+                    f"then); point {field} at the same {value}"
+                )
         self.state = self._placed(self.state)
         self.banned = set(saved["banned"])
         return int(self.state.step)

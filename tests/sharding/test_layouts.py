@@ -8,8 +8,9 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.models.quantize import quantize
 from cocoedit_jax.models.qwen import QwenConfig
-from cocoedit_jax.sharding.base import Base
+from cocoedit_jax.sharding.base import Base, weights_fingerprint
 from cocoedit_jax.sharding.layouts import LAYOUTS, candidates, check_shape, layout_mesh, parse_layout
 from cocoedit_jax.sharding.mesh import AXES, make_mesh, sample_shards
 from cocoedit_jax.sharding.rules import adapter_shardings, parameter_shardings
@@ -88,6 +89,32 @@ def test_the_base_moves_between_layouts_and_gives_up_the_old_placement():
     back = base.on(first)
     assert back["w"].sharding.spec == PartitionSpec("fsdp", "tensor")
     np.testing.assert_array_equal(back["w"], nn.unbox(abstract)["w"])
+
+
+def test_fingerprint_tells_bases_apart_and_no_layouts():
+    abstract = boxed_tree()
+    tree = nn.unbox(abstract)
+    w, scale = np.asarray(tree["w"]), np.asarray(tree["scale"])
+    swapped = w.copy()
+    swapped[0, 0], swapped[7, 15] = w[7, 15], w[0, 0]
+    one_bit = w.copy()
+    one_bit[3, 5] = np.nextafter(w[3, 5], np.float32(99))
+    others = [
+        {"w": w, "norm": scale}, {"w": w.reshape(4, 32), "scale": scale}, {"w": w.T, "scale": scale},
+        {"w": swapped, "scale": scale}, {"w": one_bit, "scale": scale}, {"w": w, "scale": scale.astype(jnp.bfloat16)},
+    ]  # fmt: skip
+    found = [weights_fingerprint(jax.tree.map(jnp.asarray, other)) for other in [tree, *others]]
+    assert len(set(found)) == 7 and all(len(one) == 16 for one in found)
+    for layout in ("fsdp_tensor", "replicated", "fsdp"):
+        placed = jax.device_put(tree, parameter_shardings(abstract, layout_mesh(layout)))
+        assert weights_fingerprint(placed) == found[0]
+
+
+def test_fingerprint_counts_only_what_is_stored():
+    stored = {"norm": jnp.ones(3)}
+    kernels = [quantize(jnp.full((4, 4), value), "int8") for value in (1.0, 2.0)]
+    prints = {weights_fingerprint({"transformer": stored | {"w": w}, "modulation": {"t": w.scale}}) for w in kernels}
+    assert prints == {weights_fingerprint({"transformer": stored})}
 
 
 def test_adapters_are_split_by_their_longest_dimension():

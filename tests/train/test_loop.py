@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.lora_files import load_lora
+from cocoedit_jax.models.quickstart import build_editor, save_base
 from cocoedit_jax.models.weights import load_safetensors
 from cocoedit_jax.reporting.telemetry import read_metrics
 from cocoedit_jax.rewards import judge as judges
@@ -22,7 +24,7 @@ from cocoedit_jax.rewards.judge import JudgeScore
 from cocoedit_jax.train.loop import train
 from cocoedit_jax.train.setup import build
 from cocoedit_jax.train.trainer import NonFiniteError
-from tests.train.tiny import tiny_config
+from tests.train.tiny import random_params, tiny_config, tiny_quickstart
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -144,8 +146,22 @@ def test_another_configuration_cannot_resume(tiny_base, tiny_data, tmp_path, mon
         train(build(config), tmp_path / "empty", resume=True)
     fewer = tiny_config(tiny_base, tiny_data, **of_run, **{"data.held_out": 0.5, "train.steps": 3})
     (run / "config.json").write_text(fewer.to_json())  # as if the data had changed under the same settings
-    with pytest.raises(UserError, match="not those that .* was trained on"):
+    with pytest.raises(UserError, match="records of .* not those that .* was trained on"):
         train(build(fewer), run, resume=True)
+
+
+def test_the_base_may_move_but_not_change(tiny_base, tiny_data, tmp_path, monkeypatch):
+    register(monkeypatch, "silent", lambda r: JudgeScore(None, "no answer"))
+    of_run = {"judge.name": "silent"}  # a run that ends with the checkpoint of step 0
+    with pytest.raises(UserError, match="step 0 is saved"):
+        train(build(tiny_config(tiny_base, tiny_data, **of_run)), tmp_path / "run")
+    moved, other = shutil.copytree(tiny_base, tmp_path / "moved"), tmp_path / "other"
+    with pytest.raises(UserError, match="step 0 is saved"):  # as before
+        train(build(tiny_config(moved, tiny_data, **of_run)), tmp_path / "run", resume=True)
+    editor = build_editor(tiny_quickstart())
+    save_base(other, tiny_quickstart(), random_params(editor, seed=5), {})
+    with pytest.raises(UserError, match=f"base weights of {other} are not those .*point config.model.path at the same"):
+        train(build(tiny_config(other, tiny_data, **of_run)), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from cocoedit_jax.data.text_kind import qwen_template
 from cocoedit_jax.errors import UserError
@@ -80,16 +81,17 @@ def load_for_editing(
         # Layers that a LoRA changes must be there, and tables of very many sigmas are larger than the layers.
         levels, changed = len(tabled.modulation_sigmas or ()), modulation.any_replaced(file.layers if file else ())
         editor = editor if changed or levels > editor.transformer.config.hidden else tabled
-    # Text comes first: JAX takes most of a GPU's memory when it starts.
+    adapter = None
+    if file is not None:
+        tree, config = lora_files.stack_layers(file, nn.unbox(editor.abstract()["transformer"]))
+        adapter = lora.fold_scale(tree, dataclasses.replace(config, alpha=config.alpha * lora_scale))
+    # Text comes before the first array: with that, JAX takes most of a GPU's memory.
     editor = dataclasses.replace(editor, text=encode(folder, kind))
     mesh = make_mesh({"fsdp": -1})
-    place, adapter = partial(sharded_shapes, mesh=mesh), None
-    if file is not None:
-        tree, config = lora_files.stack_layers(file, place(editor.abstract())["transformer"])
-        config = dataclasses.replace(config, alpha=config.alpha * lora_scale)
-        adapter = jax.device_put(lora.fold_scale(tree, config), replicated(mesh))
+    if adapter is not None:
+        adapter = jax.device_put(adapter, replicated(mesh))
     load: Any = kontext.load_params if kind == "flux" else qwen_edit.load_params
-    return editor, load(folder, editor, place), adapter
+    return editor, load(folder, editor, partial(sharded_shapes, mesh=mesh)), adapter
 
 
 def _check(

@@ -87,7 +87,7 @@ class ConvAutoencoder:
 
     def abstract_params(self) -> Any:
         """Shapes and dtypes of the parameters, for the weight loaders."""
-        return nn.unbox(jax.eval_shape(self.init, jax.random.key(0)))
+        return nn.unbox(jax.eval_shape(lambda: self.init(jax.random.key(0))))
 
     def encode(self, params: Any, images: Array) -> Array:
         """Latents ``[B, H / factor, W / factor, channels]`` of ``images`` ``[B, H, W, 3]`` in [0, 1].

@@ -208,7 +208,7 @@ class Editor:
 
     def abstract(self) -> Params:
         """Shapes of ``init``'s result, boxed with logical axis names; nothing is computed."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
     def init(self, key: Array) -> Params:
         """Freshly initialised parameters, with logical axis names boxed into every leaf (``flax.linen.unbox``)."""

@@ -191,4 +191,4 @@ class FluxTransformer(nn.Module):
 
 def abstract_params(config: FluxConfig) -> Any:
     """ShapeDtypeStructs (float32) of the parameters, with logical axis names boxed around them; nothing is computed."""
-    return jax.eval_shape(FluxTransformer(config).init_params, jax.random.key(0))
+    return jax.eval_shape(lambda: FluxTransformer(config).init_params(jax.random.key(0)))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from cocoedit_jax.errors import UserError
@@ -211,7 +210,7 @@ def model_of(transformer_params: Mapping[str, Any]) -> str | None:
 
 
 def stack_layers(found: LoraFile, transformer_params: Mapping[str, Any] | None = None) -> tuple[Adapter, LoraConfig]:
-    """The adapter (float32, layers stacked) and configuration of a file that was read.
+    """The adapter (float32, layers stacked, on the host) and configuration of a file that was read.
 
     Prints to standard error what the file leaves open.
 
@@ -240,9 +239,9 @@ def stack_layers(found: LoraFile, transformer_params: Mapping[str, Any] | None =
             _fill_up(stack, transformer_params.get(module_path[0], {}))
         layers = sorted(stack)
         if layers == [-1]:
-            flat[module_path] = jnp.asarray(stack[-1])
+            flat[module_path] = stack[-1]
         elif layers == list(range(len(stack))) and len({x.shape for x in stack.values()}) == 1:
-            flat[module_path] = jnp.asarray(np.stack([stack[layer] for layer in layers]))
+            flat[module_path] = np.stack([stack[layer] for layer in layers])
         else:
             problems.append(f"{'.'.join(module_path)}: layers {layers}; expected all from 0 on, of one shape")
     weights.refuse(str(found.path), problems)

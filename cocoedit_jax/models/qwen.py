@@ -183,4 +183,4 @@ class QwenTransformer(nn.Module):
 
 def abstract_params(config: QwenConfig) -> Any:
     """ShapeDtypeStructs (float32) of the parameters, with logical axis names boxed around them; nothing is computed."""
-    return jax.eval_shape(QwenTransformer(config).init_params, jax.random.key(0))
+    return jax.eval_shape(lambda: QwenTransformer(config).init_params(jax.random.key(0)))

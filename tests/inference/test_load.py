@@ -1,6 +1,11 @@
 """What is decided, and refused, before any weights are read; the model folder holds configurations only."""
 
+import dataclasses
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -13,6 +18,7 @@ from cocoedit_jax.models import lora, lora_files
 from cocoedit_jax.models.qwen import QwenConfig, abstract_params
 from cocoedit_jax.models.text import PrecomputedText
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = QwenConfig(64, 1, 6, 2, 8, (2, 2, 2))
 SQUARE = (512, 512)
 
@@ -94,3 +100,43 @@ def test_modulation_layers_stay_where_they_are_needed(loaded, tmp_path):
         lora_files.save_lora(tmp_path / target, adapter, config, model="qwen")
         editor = loaded([[SQUARE]], lora_path=str(tmp_path / target))
         assert (editor.modulation_sigmas is None) == kept, target
+
+
+ORDER = """
+import sys
+import jax
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.inference import edit, load
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compiled.append(event))
+
+def encode(folder, kind):
+    print("encoding", jax.live_arrays(), [event for event in compiled if "backend_compile" in event])
+    jax.numpy.ones(3).sum()
+    print("then", [event for event in compiled if "backend_compile" in event] != [])
+    raise SystemExit
+
+try:
+    load.load_for_editing(sys.argv[1], encode, edit.EditOptions(3), [[(512, 512)]], lora_path=sys.argv[2])
+except UserError as error:
+    print("refused", error)
+"""
+
+
+def test_a_lora_is_read_and_checked_before_text_is_encoded_and_both_before_the_first_array(tmp_path):
+    """With its first operation JAX takes most of the GPU that the text encoders are to run on."""
+    folder = write_folder(tmp_path / "model", "QwenImageEditPlusPipeline")
+    for name, heads in (("fits", CONFIG.num_attention_heads), ("foreign", 4)):
+        params = nn.unbox(abstract_params(dataclasses.replace(CONFIG, num_attention_heads=heads)))
+        config = lora.LoraConfig(2, 2, ("attn.to_q",))
+        adapter = lora.init_adapter(jax.random.key(0), params, config)
+        lora_files.save_lora(tmp_path / name, adapter, config, model="qwen")
+
+    def start(name):
+        command = [sys.executable, "-c", ORDER, str(folder), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        return done.stdout.strip()
+
+    assert start("fits") == "encoding [] []\nthen True"
+    assert re.match(r"refused .*foreign.*attn\.to_q", start("foreign"), re.DOTALL)

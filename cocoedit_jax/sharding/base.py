@@ -1,16 +1,34 @@
 """The frozen base, moved between the layouts of the phases that use it."""
 
+import functools
 import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from cocoedit_jax.models.layers import MODULATION
 from cocoedit_jax.models.quantize import is_kernel, quantize_placed, with_format
 from cocoedit_jax.sharding.rules import parameter_shardings, sharded_shapes
+
+
+@functools.cache
+def _placer(sharding: Any) -> Any:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def _placed_anew(x: jax.Array, sharding: Any) -> jax.Array:
+    """A copy of ``x`` that is placed by ``sharding`` and shares no memory with it."""
+    if _devices(x.sharding) == _devices(sharding):
+        return _placer(sharding)(x)  # between the devices
+    # Meshes of a TPU slice may have its chips in different orders, which no program takes. device_put may go over the
+    # host, and keeps the shards that stay where they are, which would go with ``x``.
+    return jnp.copy(jax.device_put(x, sharding))
+
+
+def _devices(sharding: Any) -> list[Any]:
+    return list(sharding.mesh.devices.flat) if isinstance(sharding, NamedSharding) else [sharding]
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
@@ -20,7 +38,7 @@ def reshard(tree: Any, shardings: Any) -> Any:
     def move(x: jax.Array, sharding: Any) -> jax.Array:
         if x.sharding.is_equivalent_to(sharding, x.ndim):
             return x
-        moved = jax.block_until_ready(jax.device_put(x, sharding))
+        moved = jax.block_until_ready(_placed_anew(x, sharding))
         x.delete()  # donated, it would be kept where its shards are of another size
         return moved
 
@@ -81,14 +99,11 @@ class Base:
 
     def quantized(self, abstract: Any) -> "Base":
         """A second base, with the kernels of this one, of full precision, quantised as in ``abstract``, one stack after
-        another. Both stay on the devices, and share only what no mesh splits (``abstract`` has no axis names for it).
+        another. Both stay on the devices and share nothing: a move of one gives up its arrays.
         """
 
-        def leaf(target: Any, box: Any, x: jax.Array) -> Any:
-            if is_kernel(target):
-                return jax.block_until_ready(quantize_placed(x, target))
-            # A move of one base gives up its arrays.
-            return jnp.copy(x) if isinstance(box, nn.LogicallyPartitioned) else x
+        def leaf(target: Any, x: jax.Array) -> Any:
+            return jax.block_until_ready(quantize_placed(x, target)) if is_kernel(target) else jnp.copy(x)
 
         wanted = sharded_shapes(abstract, self.mesh)
-        return Base(jax.tree.map(leaf, wanted, abstract, self.params, is_leaf=is_kernel), abstract, self.mesh)
+        return Base(jax.tree.map(leaf, wanted, self.params, is_leaf=is_kernel), abstract, self.mesh)

@@ -1,5 +1,7 @@
 """Sizes of named layouts, where they are refused, and moves between them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,11 @@ def boxed_tree():
     return {"w": box(x, "embed", "mlp"), "scale": box(np.ones(8, np.float32), None)}
 
 
+def on_host(boxed):
+    """numpy arrays: what is placed from JAX arrays may share their memory."""
+    return jax.tree.map(np.asarray, nn.unbox(boxed))
+
+
 def test_the_base_moves_between_layouts_and_gives_up_the_old_placement():
     abstract, first, second = boxed_tree(), layout_mesh("fsdp_tensor"), layout_mesh("replicated")
     params = jax.device_put(nn.unbox(abstract), parameter_shardings(abstract, first))
@@ -89,6 +96,35 @@ def test_the_base_moves_between_layouts_and_gives_up_the_old_placement():
     back = base.on(first)
     assert back["w"].sharding.spec == PartitionSpec("fsdp", "tensor")
     np.testing.assert_array_equal(back["w"], nn.unbox(abstract)["w"])
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_every_layout_moves_to_every_other(shuffled):
+    """Also where a device keeps its part, and where the meshes have the devices in different orders, as on TPUs."""
+    abstract, host = boxed_tree(), on_host(boxed_tree())
+    meshes = [layout_mesh(text) for text, _ in candidates(8)]
+    if shuffled:
+        order = [0, 4, 2, 6, 1, 5, 3, 7]
+        meshes[1:] = [make_mesh(mesh.shape, [jax.devices()[i] for i in order]) for mesh in meshes[1:]]
+        meshes = [meshes[0], *meshes[1::3]]
+    for first, second in itertools.permutations(meshes, 2):
+        base = Base(jax.device_put(host, parameter_shardings(abstract, first)), abstract, first)
+        for mesh in (second, first):
+            moved = base.on(mesh)["w"]
+            assert moved.sharding.is_equivalent_to(parameter_shardings(abstract, mesh)["w"], 2)
+            for shard in moved.addressable_shards:
+                np.testing.assert_array_equal(shard.data, host["w"][shard.index])
+
+
+def test_two_bases_move_apart_from_one_another():
+    abstract = boxed_tree() | {"autoencoder": {"w": np.ones(4, np.float32)}}
+    first, second = layout_mesh("fsdp"), make_mesh({"fsdp": 4, "context": 2}, jax.devices()[::-1])
+    base = Base(jax.device_put(on_host(abstract), parameter_shardings(abstract, first)), abstract, first)
+    other = base.quantized(abstract)
+    other.on(second)
+    for one, mesh in ((base, first), (other, second), (base, second), (other, first)):
+        for leaf, expected in zip(jax.tree.leaves(one.on(mesh)), jax.tree.leaves(on_host(abstract)), strict=True):
+            np.testing.assert_array_equal(leaf, expected)
 
 
 def test_fingerprint_tells_bases_apart_and_no_layouts():

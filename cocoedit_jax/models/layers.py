@@ -119,18 +119,26 @@ class Modulation(Linear):
         return jnp.split(out, self.num_chunks, axis=-1)
 
 
-def sinusoidal_embedding(t: Array, dim: int, max_period: float = 10_000.0, scale: float = 1.0) -> Array:
-    """Sinusoidal features ``[B, dim]`` of ``scale`` times a scalar ``[B]``, cosines first, always in float32.
+def sinusoidal_embedding(
+    t: Array, dim: int, max_period: float = 10_000.0, scale: float = 1.0, rounded_to: Dtype = jnp.float32
+) -> Array:
+    """Sinusoidal features ``[B, dim]`` of ``scale`` times a scalar ``[B]``, cosines first, in float32.
 
     The scale multiplies the angles, not ``t``: at float32 the order of the two roundings shows.
 
     float32 because bf16 has 8 significant bits: t * 1000 would collapse neighbouring timesteps onto one another.
+
+    Args:
+        rounded_to: dtype to which ``t`` and the frequencies are rounded before they are multiplied. At angles of 1000
+            rad bfloat16's rounding changes the high frequencies altogether, so it is part of a model that ran with it.
     """
     half = dim // 2
     # The exponent is rounded to float32 where these models were trained; at angles of 1000 rad the rounding shows.
     exponent = np.float32(-np.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = jnp.asarray(np.exp(exponent.astype(np.float64)), jnp.float32)
-    angles = scale * (t.astype(jnp.float32)[:, None] * frequencies[None, :])
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32).astype(rounded_to).astype(np.float32)
+    bits = jnp.finfo(rounded_to)  # reduce_precision, because compilers may leave out a cast there and back
+    t = jax.lax.reduce_precision(t.astype(jnp.float32), bits.nexp, bits.nmant)
+    angles = scale * (t[:, None] * jnp.asarray(frequencies)[None, :])
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

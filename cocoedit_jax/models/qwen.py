@@ -107,14 +107,18 @@ def position_ids(grids: Sequence[tuple[int, int]], num_text: int) -> np.ndarray:
 
 
 class TimeEmbed(nn.Module):
-    """Conditioning vector ``[B, D]`` of sigma ``t`` ``[B]``: the timestep alone (QwenTimestepProjEmbeddings)."""
+    """Conditioning vector ``[B, D]`` of sigma ``t`` ``[B]``: the timestep alone (QwenTimestepProjEmbeddings).
+
+    The published model, and all that was trained on it, rounds the sigma and the frequencies to its own dtype.
+    """
 
     features: int
     dtype: Any
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
-        return EmbedMLP(self.features, self.dtype, name="timestep_embedder")(sinusoidal_embedding(t, 256, scale=1000.0))
+        features = sinusoidal_embedding(t, 256, scale=1000.0, rounded_to=self.dtype)
+        return EmbedMLP(self.features, self.dtype, name="timestep_embedder")(features)
 
 
 class QwenTransformer(nn.Module):

@@ -31,18 +31,19 @@ class QwenCase(TransformerCase):
     def inputs(self) -> tuple:
         return self.hidden, self.text, self.text_mask, self.t, self.ids, self.num_target
 
-    def run_reference(self) -> Any:
+    def run_reference(self, dtype: str = "float32") -> Any:
         import torch
 
+        hidden, text, t = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in (self.hidden, self.text, self.t))
         out = self.reference(
-            hidden_states=torch.from_numpy(self.hidden),
-            encoder_hidden_states=torch.from_numpy(self.text),
+            hidden_states=hidden,
+            encoder_hidden_states=text,
             encoder_hidden_states_mask=None if self.text_mask is None else torch.from_numpy(self.text_mask),
-            timestep=torch.from_numpy(self.t),
+            timestep=t,
             img_shapes=[[(1, *grid) for grid in self.grids]] * len(self.hidden),
             return_dict=False,
         )[0]
-        return out[:, : self.num_target]
+        return out[:, : self.num_target].float()
 
 
 def draw_qwen_case(index: int, **overrides: Any) -> QwenCase:

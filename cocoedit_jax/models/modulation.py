@@ -83,7 +83,7 @@ def load_tables(folder: Path, transformer: QwenTransformer, shapes: Tree, abstra
     Args:
         folder: a component folder in either form (``orbax_weights.load_params``).
         shapes: of all of the transformer's parameters, placed as they would be.
-        abstract: of the tables, placed, without boxes; its ``sigmas`` is an array.
+        abstract: of the tables, placed, without boxes; its ``sigmas`` is an array that every device holds whole.
 
     Raises:
         UserError: files or tensors that are missing or do not fit, all together.
@@ -96,7 +96,8 @@ def load_tables(folder: Path, transformer: QwenTransformer, shapes: Tree, abstra
         others = {path: leaf for path, leaf in flat.items() if path not in chosen}
         return orbax_weights.load_params(folder, weights.unflatten(chosen), skip=weights.unflatten(others))
 
-    values = jax.jit(_values, static_argnums=0)
+    # Whole everywhere: the host cannot read what is split over the devices of other processes.
+    values = jax.jit(_values, static_argnums=0, out_shardings=abstract["sigmas"].sharding)
     ends = load(TIME, OUT)
     sigmas = jnp.asarray(np.asarray(abstract["sigmas"]))
     temb = jax.jit(_embed, static_argnums=0)(transformer, ends[TIME], sigmas)

@@ -199,6 +199,10 @@ class TextCache:
             [f"{part.records(self.folder)}[0:{part.count}]" for part in header.parts]
         )
 
+    def check_encoders(self, identity: Mapping[str, Any]) -> None:
+        """Raises UserError when it was made by other encoders than those of `identity` (`text_identity`)."""
+        self.header.refuse_other(self.folder, self.kind, identity, None)
+
     def __len__(self) -> int:
         return len(self._index)
 

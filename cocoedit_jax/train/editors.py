@@ -105,9 +105,11 @@ def flux_kontext(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing) -
     """FLUX.1 Kontext in diffusers' layout; instructions come from the text cache in ``data``."""
     model = config.model
     folder = resolve_model(model.path)
-    cache = TextCache(data, flux_kind(model.text_tokens), text_identity(folder))
+    cache = TextCache(data, flux_kind(model.text_tokens))
     editor = kontext.build_kontext(folder, cached_text(cache), build_options(model), guidance=model.guidance)
     check_widths(cache, editor.transformer.config, folder)
+    check_sizes(editor, framing)
+    cache.check_encoders(text_identity(folder))  # last: it reads every byte of them
     return editor, lambda: kontext.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))
 
 
@@ -123,15 +125,15 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
             f"config.model.text_tokens={model.text_tokens}; expected 0 for {folder}: its picture alone takes over a "
             "thousand states, and the instruction comes behind it"
         )
-    cache = TextCache(
-        data, qwen_kind(template, framing), text_identity(folder),
-        fixed_length=model.text_tokens or None, min_bucket_records=config.rollout.groups,
-    )  # fmt: skip
     if not (model.text_mask or model.text_tokens):
         raise UserError(
             "config.model.text_mask=False attends to padding, whose length must not depend on the batch; expected a "
             "length in config.model.text_tokens, 256 as in the released training"
         )
+    cache = TextCache(
+        data, qwen_kind(template, framing),
+        fixed_length=model.text_tokens or None, min_bucket_records=config.rollout.groups,
+    )  # fmt: skip
     if cuts := cache.describe_cuts():
         processes.say(f"{cuts} (config.model.text_tokens)")
     editor = qwen_edit.build_qwen_edit(folder, cached_text(cache), build_options(model), text_mask=model.text_mask)
@@ -141,4 +143,5 @@ def qwen_image_edit(config: ConfigDict, mesh: Mesh, data: Path, framing: Framing
         grids = [editor.grid(*size) for size in framing.sizes]
         visited = [editor.sigmas(steps, g) for g in grids for steps in (config.rollout.steps, config.evaluation.steps)]
         editor = qwen_edit.with_modulation_at(editor, visited)
+    cache.check_encoders(text_identity(folder))  # last: it reads every byte of them
     return editor, lambda: qwen_edit.load_params(folder, editor, partial(sharded_shapes, mesh=mesh))

@@ -310,7 +310,8 @@ class Trainer:
             ("data", f"the records of {config.data.path}", "config.data.path", "data"),
             ("base", f"the base weights of {config.model.path or 'the quickstart'}", "config.model.path", "weights"),
         ):
-            now, then = self.prints[name], saved[name]
+            now = self.prints[name]
+            then = saved.get(name, now)  # older checkpoints say nothing of the base
             if now != then:
                 raise UserError(
                     f"--resume: {what} are not those that {self.run_dir} was trained on (fingerprint {now}, {then} "

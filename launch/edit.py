@@ -8,7 +8,6 @@ PyTorch: pip install 'cocoedit-jax[bridge]'. Qwen-Image-Edit-2509 and 2511 take 
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,11 @@ from absl import flags
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.flow.solvers import SOLVERS
-from cocoedit_jax.inference.requests import SOURCE_SIZES, EditRequest, check_pictures, open_picture, read_requests
+from cocoedit_jax.inference.requests import SOURCE_SIZES, EditRequest, check_pictures, read_requests
 from launch import command
 
 if TYPE_CHECKING:  # commands check their flags before JAX is imported
-    from cocoedit_jax.models.text import PrecomputedText
+    from cocoedit_jax.inference.models import EditModel
 
 _MODEL = flags.DEFINE_string("model", None, "Model folder, or a repository name in the Hugging Face cache.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "Picture to edit; needs --prompt. Several times for several pictures.")
@@ -78,41 +77,42 @@ def _requests() -> list[EditRequest]:
     return [EditRequest(images, _PROMPT.value, Path(_OUT.value or ""), _SEED.value)]
 
 
-def _encode(folder: Path, kind: str, requests: Sequence[EditRequest]) -> "PrecomputedText":
-    """Embeddings of all instructions. Raises UserError for flags that say nothing to this kind of model."""
-    given = [flag for flag in ((_NEGATIVE,) if kind == "flux" else (_GUIDANCE, _TEXT_TOKENS)) if flag.present]
-    if given:
-        raise UserError(f"--{given[0].name}: not used by this model; see --help")
-    if kind == "flux":
-        from torch_bridge.flux_text import encode_prompts
+def _check_lora_flags() -> None:
+    """Raises UserError for flags that change a LoRA where there is none."""
+    if _LORA.value is None and (given := [f"--{flag.name}" for flag in (_LORA_SCALE, _LORA_ALPHA) if flag.present]):
+        raise UserError(f"{' and '.join(given)}: given without --lora; expected --lora=FILE_OR_FOLDER with it")
 
-        return encode_prompts(folder, [request.prompt for request in requests], _TEXT_TOKENS.value)
-    from cocoedit_jax.inference.edit import picture_names
-    from cocoedit_jax.models.text import Instruction
-    from torch_bridge.qwen_text import encode_edits
 
-    pictures = {picture_names(request): request.images for request in requests}
-    return encode_edits(
-        folder,
-        [Instruction(request.prompt, picture_names(request)) for request in requests],
-        lambda instruction: [open_picture(image) for image in pictures[instruction.image]],
-        negative=_NEGATIVE.value if _TRUE_CFG.value > 1 else None,
-    )
+def _check_model_flags(model: "EditModel") -> None:
+    """Raises UserError for flags that say nothing to this kind of model, or nothing beside the others."""
+    given = [flag.name for flag in (_GUIDANCE, _NEGATIVE, _TEXT_TOKENS) if flag.present]
+    faults = [f"--{name}: not used by this model; see --help" for name in given if name not in model.uses]
+    if "negative" in given and not faults and _TRUE_CFG.value <= 1:
+        faults = [f"--negative: not used with --true_cfg={_TRUE_CFG.value:g}; expected --true_cfg above 1 with it"]
+    if faults:
+        raise UserError("\n".join(faults))
 
 
 def main(argv: list[str]) -> None:
+    _check_lora_flags()
     requests, size = _requests(), _size()
     picture_sizes = check_pictures(requests)
     from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
     from cocoedit_jax.inference.load import load_for_editing
+    from cocoedit_jax.inference.models import model_of
+    from cocoedit_jax.models.hub import resolve_model
     from cocoedit_jax.reporting.telemetry import progress
 
+    folder = resolve_model(_MODEL.value or "")
+    model = model_of(folder)
+    _check_model_flags(model)
     options = EditOptions(
         _STEPS.value, _SOLVER.value, size, _SOURCE.value, _BATCH_SIZE.value, _TRUE_CFG.value, _NEGATIVE.value
     )
     editor, params, adapter = load_for_editing(
-        _MODEL.value or "",
-        lambda folder, kind: _encode(folder, kind, requests),
+        folder,
+        model,
+        lambda: model.encode(folder, requests, options, _TEXT_TOKENS.value),
         options,
         picture_sizes,
         lora_path=_LORA.value,

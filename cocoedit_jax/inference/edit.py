@@ -5,6 +5,7 @@ The same as diffusers' pipelines from the same noise: ``FluxKontextPipeline`` ca
 ``QwenImageEditPipeline`` and ``QwenImageEditPlusPipeline`` called with ``height`` and ``width``.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -224,11 +225,12 @@ def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
 
 
 def _write(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # may be gone since ``check_pictures``
         picture.save(draft)
+        draft.replace(path)
     except (ValueError, OSError) as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); expected a name such as out.png") from error
-    draft.replace(path)

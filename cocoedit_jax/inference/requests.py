@@ -1,6 +1,8 @@
 """What to edit: one picture from the command line, or many from a JSONL file."""
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,19 +82,35 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path}: not a readable picture ({error})") from error
 
 
+def _make_folder(folder: Path) -> str | None:
+    """Makes ``folder``, unless it is there; why no file can be written into it, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return f"{folder}: no folder that can be written to ({error})"
+
+
 def check_pictures(requests: Sequence[EditRequest]) -> list[tuple[tuple[int, int], ...]]:
-    """(height, width) of every request's pictures, upright. Raises UserError naming those that cannot be read or
-    written."""
-    sizes, faults = [], []
+    """(height, width) of every request's pictures, upright. The folders of the results are made.
+
+    Raises:
+        UserError: naming pictures that cannot be read, and results and folders that cannot be written.
+    """
+    sizes: list[tuple[tuple[int, int], ...]] = []
+    faults = [fault for folder in dict.fromkeys(r.out.parent for r in requests) if (fault := _make_folder(folder))]
     writable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.SAVE}
     for request in requests:
         if request.out.suffix.lower() not in writable:
             faults.append(f"{request.out}: no picture format that can be written; expected a name such as out.png")
+        elif os.path.isdir(request.out):  # Path.is_dir may raise below a folder that is closed to us
+            faults.append(f"{request.out}: a folder; expected the name of a file")
         try:
             pictures = [open_picture(image) for image in request.images]
             sizes.append(tuple((picture.height, picture.width) for picture in pictures))
         except UserError as error:
             faults.append(str(error))
     if faults:
-        raise UserError(f"{len(faults)} picture(s) cannot be edited:\n  " + "\n  ".join(faults[:20]))
+        raise UserError(f"{len(faults)} picture(s) or folder(s) cannot be used:\n  " + "\n  ".join(faults[:20]))
     return sizes

@@ -100,6 +100,11 @@ def load_params(folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None)
         UserError: the configuration is not usable; or, all together: absent, truncated and unreadable files; tensors
             that are missing, unexpected, of another shape or of a dtype that is no plain float.
     """
+    return load_stored(check_params(folder, abstract), abstract, dtype=dtype, name=folder.name)
+
+
+def check_params(folder: Path, abstract: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors that ``load_params`` would read, from the files' headers alone; refuses what it would refuse."""
     config = AutoencoderQwenConfig.from_dict(orbax_weights.read_config(folder), str(folder))
     found, unused = safetensors_folder.scan(folder), _time_shapes(config)
     here = weights.tensor_specs(abstract)
@@ -107,8 +112,8 @@ def load_params(folder: Path, abstract: Mapping[str, Any], *, dtype: Any = None)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items() if name not in unused}
     problems = weights.misfits(specs, shapes, found.lost)
     weights.refuse(str(folder), found.problems + problems, "problem(s) with the weights")
-    parts = {}
+    parts: dict[str, StoredTensor] = {}
     for name, spec in here.items():
         stored = found.tensors[name]
         parts[name] = _OneFrame(stored.file, stored.dtype, spec.shape, stored.offset, stored)
-    return load_stored(parts, abstract, dtype=dtype, name=folder.name)
+    return parts

@@ -16,7 +16,7 @@ from cocoedit_jax.models.autoencoder_kl import AutoencoderKL
 from cocoedit_jax.models.autoencoder_kl_config import AutoencoderKLConfig
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid, Params, Size
 from cocoedit_jax.models.flux import FluxConfig, FluxTransformer
-from cocoedit_jax.models.pipeline import BuildOptions, check_channels, read_part, read_schedule
+from cocoedit_jax.models.pipeline import BuildOptions, check_channels, check_components, read_part, read_schedule
 from cocoedit_jax.models.text import TextSide
 
 Array = jax.Array
@@ -104,6 +104,11 @@ def build_kontext(folder: Path, text: TextSide, options: BuildOptions, *, guidan
     )
     check_channels(editor, folder, shape.in_channels)
     return editor
+
+
+def check_params(folder: Path, editor: KontextEditor) -> None:
+    """Refuses what ``load_params`` would refuse, before any array is made."""
+    check_components(folder, editor)
 
 
 def load_params(folder: Path, editor: KontextEditor, place: Callable[[Any], Any]) -> Params:

@@ -23,6 +23,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import quantize, weights
 from cocoedit_jax.models.sharded_weights import (
     assemble,
+    check_sharded,
     layer_path,
     leaf_dtypes,
     load_sharded,
@@ -132,24 +133,10 @@ def load_orbax(
     Raises:
         UserError: naming all arrays that are missing, unexpected or of another shape; or the checkpoint cannot be read.
     """
-    _manifest(folder)
-    path = (folder / ARRAYS).resolve()
-    flat = weights.flatten(abstract)
-    # {path in the checkpoint: (leaf, layer)}
-    homes = {layer_path(s.path, s.layer): (s.path, s.layer) for s in weights.tensor_specs(abstract).values()}
-    parts = weights.flatten(unstacked(jax.tree.map(shape_of, abstract, is_leaf=quantize.is_kernel)))
+    path, flat = (folder / ARRAYS).resolve(), weights.flatten(abstract)
+    homes, parts = _homes(abstract), _parts(abstract)
     with _checkpointer(parts) as checkpointer:
-        try:
-            metadata: Any = checkpointer.metadata(path)
-            found = weights.flatten(metadata.item_metadata.tree)
-        except Exception as error:  # of many kinds, and None where the arrays' metadata cannot be read
-            raise UserError(f"{path}: not a readable Orbax checkpoint ({error})") from error
-        known = parts | weights.flatten(unstacked(jax.tree.map(shape_of, skip or {})))
-        specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in known.items()}
-        problems = weights.misfits(specs, {".".join(p): tuple(x.shape) for p, x in found.items()})
-        stored = ((home[0], np.dtype(found[part].dtype)) for part, home in homes.items() if part in found)
-        dtypes, mixed = leaf_dtypes(flat, dtype, stored)
-        weights.refuse(str(path), problems + mixed)
+        found, dtypes = _checked(checkpointer, folder, abstract, dtype, skip)
 
         def arrivals() -> Iterator[tuple[tuple[str, ...], int | None, jax.Array, int]]:
             sizes = {part: math.prod(found[part].shape) * np.dtype(found[part].dtype).itemsize for part in parts}
@@ -160,6 +147,46 @@ def load_orbax(
 
         total = sum(math.prod(found[p].shape) * np.dtype(found[p].dtype).itemsize for p in parts)
         return assemble(flat, dtypes, arrivals(), total, folder.name)
+
+
+def check_orbax(folder: Path, abstract: Mapping[str, Any]) -> None:
+    """Refuses what ``load_orbax`` would refuse, from the checkpoint's metadata alone."""
+    with _checkpointer({}) as checkpointer:
+        _checked(checkpointer, folder, abstract, None, None)
+
+
+def _homes(abstract: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[tuple[str, ...], int | None]]:
+    """{path in the checkpoint: (leaf, layer)}."""
+    return {layer_path(s.path, s.layer): (s.path, s.layer) for s in weights.tensor_specs(abstract).values()}
+
+
+def _parts(abstract: Mapping[str, Any]) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """{path in the checkpoint: shape and placement}."""
+    return weights.flatten(unstacked(jax.tree.map(shape_of, abstract, is_leaf=quantize.is_kernel)))
+
+
+def _checked(
+    checkpointer: ocp.Checkpointer,
+    folder: Path,
+    abstract: Mapping[str, Any],
+    dtype: Any,
+    skip: Mapping[str, Any] | None,
+) -> tuple[dict[tuple[str, ...], Any], dict[tuple[str, ...], np.dtype]]:
+    """Metadata of the stored arrays by their paths, and the dtype of every leaf of ``abstract``."""
+    _manifest(folder)
+    path = (folder / ARRAYS).resolve()
+    try:
+        metadata: Any = checkpointer.metadata(path)
+        found = weights.flatten(metadata.item_metadata.tree)
+    except Exception as error:  # of many kinds, and None where the arrays' metadata cannot be read
+        raise UserError(f"{path}: not a readable Orbax checkpoint ({error})") from error
+    known = _parts(abstract) | _parts(skip or {})
+    specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in known.items()}
+    problems = weights.misfits(specs, {".".join(p): tuple(x.shape) for p, x in found.items()})
+    stored = ((home[0], np.dtype(found[part].dtype)) for part, home in _homes(abstract).items() if part in found)
+    dtypes, mixed = leaf_dtypes(weights.flatten(abstract), dtype, stored)
+    weights.refuse(str(path), problems + mixed)
+    return found, dtypes
 
 
 def _batches(sizes: Mapping[tuple[str, ...], int]) -> list[list[tuple[str, ...]]]:
@@ -201,3 +228,8 @@ def load_params(
         UserError: the weights are not there, or do not fit; everything wrong is named together.
     """
     return (load_orbax if is_orbax(source) else load_sharded)(source, abstract, dtype=dtype, skip=skip)
+
+
+def check_params(source: Path, abstract: Mapping[str, Any]) -> None:
+    """Refuses what ``load_params`` would refuse, from headers and metadata alone: no array is made."""
+    (check_orbax if is_orbax(source) else check_sharded)(source, abstract)

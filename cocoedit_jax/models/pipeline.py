@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import orbax_weights
@@ -81,6 +82,32 @@ def read_part(folder: Path, part: str, parse: Callable[[dict[str, Any]], Any]) -
         return parse(raw)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def check_components(
+    folder: Path, editor: Editor, check_autoencoder: Callable[[Path, Any], object] = orbax_weights.check_params
+) -> None:
+    """Whether the weights of ``transformer`` and ``vae`` are there and fit ``editor``, from their headers and metadata:
+    nothing is read beyond them, and no array is made.
+
+    Args:
+        editor: with all layers of the transformer (none computed beforehand).
+        check_autoencoder: (folder, shapes) of the model's own form; raises UserError.
+
+    Raises:
+        UserError: what loading would refuse of either, both together.
+    """
+    abstract, faults = nn.unbox(editor.abstract()), []
+    for part, name, check in (
+        ("transformer", "transformer", orbax_weights.check_params),
+        ("vae", "autoencoder", check_autoencoder),
+    ):
+        try:
+            check(folder / part, abstract[name])
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
 
 
 def check_channels(editor: Editor, folder: Path, in_channels: int) -> None:

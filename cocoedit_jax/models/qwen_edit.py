@@ -17,7 +17,7 @@ from cocoedit_jax.models.autoencoder_qwen import AutoencoderQwen
 from cocoedit_jax.models.autoencoder_qwen_config import AutoencoderQwenConfig
 from cocoedit_jax.models.editor import Conditioning, Editor, Grid, Params, Size
 from cocoedit_jax.models.layers import MODULATION
-from cocoedit_jax.models.pipeline import BuildOptions, check_channels, read_part, read_schedule
+from cocoedit_jax.models.pipeline import BuildOptions, check_channels, check_components, read_part, read_schedule
 from cocoedit_jax.models.qwen import SIGMA_TOLERANCE, QwenConfig, QwenTransformer, position_ids
 from cocoedit_jax.models.text import TextSide
 
@@ -119,6 +119,12 @@ def with_modulation_at(editor: QwenEditor, sigmas: Sequence[np.ndarray]) -> Qwen
     visited = {float(sigma) for levels in sigmas for sigma in np.asarray(levels, np.float32)[:-1]}
     clean = {0.0} if editor.transformer.config.zero_cond_t else set()
     return dataclasses.replace(editor, modulation_sigmas=tuple(sorted(visited | clean)))
+
+
+def check_params(folder: Path, editor: QwenEditor) -> None:
+    """Refuses what ``load_params`` would refuse, before any array is made."""
+    whole = dataclasses.replace(editor, modulation_sigmas=None)
+    check_components(folder, whole, autoencoder_qwen_weights.check_params)
 
 
 def load_params(folder: Path, editor: QwenEditor, place: Callable[[Any], Any]) -> Params:

@@ -153,12 +153,20 @@ def load_sharded(
         UserError: naming all of it together: absent, truncated and unreadable files; tensors that are missing,
             unexpected, of another shape or of a dtype that is no plain float; pickle files.
     """
+    tensors = check_sharded(source, abstract, dtype=dtype, skip=skip)
+    return load_stored(tensors, abstract, dtype=dtype, name=source.name, read_ahead=read_ahead)
+
+
+def check_sharded(
+    source: Path, abstract: Mapping[str, Any], *, dtype: Any = None, skip: Mapping[str, Any] | None = None
+) -> dict[str, StoredTensor]:
+    """The tensors that ``load_sharded`` would read, from the files' headers alone; refuses what it would refuse."""
     found = safetensors_folder.scan(source)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     problems = weights.misfits(weights.tensor_specs(abstract) | weights.tensor_specs(skip or {}), shapes, found.lost)
     _, mixed = _dtypes(found.tensors, abstract, dtype)
     weights.refuse(str(source), found.problems + problems + mixed, "problem(s) with the weights")
-    return load_stored(found.tensors, abstract, dtype=dtype, name=source.name, read_ahead=read_ahead)
+    return found.tensors
 
 
 def _dtypes(

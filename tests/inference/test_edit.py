@@ -1,13 +1,17 @@
-"""A batch of edits that devices share is the batch of one device."""
+"""A batch of edits that devices share is the batch of one device. Results that cannot be written."""
 
 import dataclasses
+import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from cocoedit_jax.inference.edit import EditOptions, PictureEditor
+from cocoedit_jax.errors import UserError
+from cocoedit_jax.inference.edit import EditOptions, PictureEditor, edit_all
+from cocoedit_jax.inference.requests import EditRequest
 from cocoedit_jax.models import lora
 from cocoedit_jax.models.text import PrecomputedText
 from cocoedit_jax.sharding.mesh import make_mesh
@@ -63,3 +67,32 @@ def test_edits_of_several_devices_are_those_of_one(name, sizes, true_cfg):
     assert one.shape == several.shape == (3, side, side, 3) and np.ptp(one) > 0.5
     assert min(np.abs(one[i] - one[i - 1]).max() for i in range(3)) > 0.1
     np.testing.assert_allclose(several, one, rtol=0, atol=1e-5)
+
+
+class White:
+    """A ``PictureEditor`` that makes white pictures."""
+
+    editor, batch_size = None, 1
+    options = types.SimpleNamespace(sizes=lambda editor, own: ((8, 8), tuple(own)))
+
+    def noise(self, seed, target):
+        return np.zeros((1, 4), np.float32)
+
+    def __call__(self, pictures, prompts, noise, sizes, names):
+        return np.ones((len(prompts), 8, 8, 3), np.float32)
+
+
+def test_a_result_that_cannot_be_written_ends_in_one_message(tmp_path):
+    """Also where the folder was fine when it was checked, and earlier results stay."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "in.png")
+    (tmp_path / "taken.png").mkdir()
+    program: Any = White()
+    for out in ("in.png/out.png", "taken.png"):
+        requests = [EditRequest((tmp_path / "in.png",), "x", tmp_path / name) for name in ("first.png", out)]
+        with pytest.raises(UserError, match=f"{out}: cannot be written"):
+            edit_all(program, requests, [[(8, 8)]] * 2)
+        with Image.open(tmp_path / "first.png") as file:
+            assert file.size == (8, 8)
+        (tmp_path / "first.png").unlink()
+    edit_all(program, [EditRequest((tmp_path / "in.png",), "x", tmp_path / "new" / "out.png")], [[(8, 8)]])
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["in.png", "out.png", "taken.png"]

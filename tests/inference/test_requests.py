@@ -58,6 +58,21 @@ def test_pictures_are_checked_before_anything_runs(tmp_path):
         check_pictures([good, *others])
 
 
+def test_results_that_cannot_be_written_are_named_before_anything_runs(tmp_path):
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "good.png")
+    (tmp_path / "folder.png").mkdir()
+    outs = ["good.png/out.png", "good.png/deep/out.png", "folder.png", "new/deep/out.png"]
+    with pytest.raises(UserError) as error:
+        check_pictures([EditRequest((tmp_path / "good.png",), "x", tmp_path / out) for out in outs])
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert [line.split(": ")[0] for line in lines] == [
+        str(tmp_path / name) for name in ("good.png", "good.png/deep", "folder.png")
+    ]
+    assert "no folder that can be written to" in lines[0] and "expected the name of a file" in lines[2]
+    check_pictures([EditRequest((tmp_path / "good.png",), "x", tmp_path / outs[-1])])
+    assert list((tmp_path / "new" / "deep").iterdir()) == []
+
+
 def test_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -53,11 +53,13 @@ class Sam2Segmenter:
         if not checkpoint or not path.is_file():
             raise UserError(
                 f"segmenter sam2: checkpoint {checkpoint!r} is no file; expected one as"
-                " --config.mask.options.checkpoint=sam2.1_hiera_large.pt"
+                """ --config.mask.options="{'checkpoint': 'sam2.1_hiera_large.pt'}\""""
             )
         config = config or next((value for part, value in CONFIGS.items() if part in path.name), "")
         if not config:
-            raise UserError(f"segmenter sam2: no configuration known for {path.name}; set config.mask.options.config")
+            raise UserError(
+                f"segmenter sam2: no configuration known for {path.name}; name it in mask.options: 'config'"
+            )
         build, predictor = import_sam2()
         device = device or default_device()
         try:

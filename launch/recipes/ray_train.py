@@ -2,7 +2,9 @@
 
     ray job submit --address=http://HEAD:8265 --working-dir=. -- \\
         python -m launch.recipes.ray_train --hosts=2 --gpus_per_host=8 -- \\
-        --config=configs/flux_kontext.py --run=/shared/runs/kontext
+        --config=configs/flux_kontext.py --run=/shared/runs/kontext --config.data.path=/shared/data \\
+        --config.judge.vlm.endpoints=URL --config.mesh.layout=fsdp --config.rollout.batch_size=16 \\
+        --config.train.micro_batch=16 --config.evaluation.batch_size=16
 
 What follows the lone ``--`` are the flags of launch.train. Every node needs this package, and the disk of the run.
 Ctrl-C or SIGTERM here stops all of them, saved. Needs pip install 'cocoedit-jax[ray]'.

@@ -2,10 +2,13 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 
 from cocoedit_jax.annotation.segmenters import make_segmenter
@@ -63,8 +66,16 @@ def test_what_does_not_load_is_said_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "sam2"}')
     with pytest.raises(UserError, match="does not load as Sam2Model"):
         make_segmenter("sam2-transformers", {"model": str(tmp_path)})
-    with pytest.raises(UserError, match="mask.options.checkpoint"):
+    with pytest.raises(UserError, match="--config.mask.options=") as error:
         make_segmenter("sam2", {})
+    # The flag that it shows, and the README's, are ones that the command takes.
+    root = Path(__file__).resolve().parents[2]
+    for text in (str(error.value), (root / "README.md").read_text(encoding="utf-8")):
+        (shown,) = re.findall(r'--config\.mask\.options="[^"]*"', text)
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", str(root / "configs/annotate.py"), flag_values=values)
+        values(["annotate", *shlex.split(shown)])
+        assert values.config.mask.options.to_dict() == {"checkpoint": "sam2.1_hiera_large.pt"}
     (tmp_path / "mine.pt").write_bytes(b"")
     with pytest.raises(UserError, match="no configuration known for mine.pt"):
         make_segmenter("sam2", {"checkpoint": str(tmp_path / "mine.pt")})

@@ -76,6 +76,28 @@ def test_a_drain_that_takes_too_long_is_ended(tmp_path):
         assert all(reply.result() in (500, None) for reply in replies)  # a client tries again
 
 
+_STUCK = """
+from tests.torch_bridge.judge_server.helpers import Stuck
+from torch_bridge.judge_server.app import AppSettings
+from torch_bridge.judge_server.serving import Address, ServeOptions, serve
+serve(Stuck(), AppSettings("fake", request_seconds=0.5, decode_threads=1), ServeOptions(Address(port=0)))
+"""
+
+
+def test_a_thread_that_does_not_end_is_not_waited_for(tmp_path):
+    body = judge_request(square((0, 0, 255)), square((255, 0, 0)), "red, stuck")
+    with FakeProcess(tmp_path, program=("-c", _STUCK)) as server:
+
+        def stuck():
+            assert post(server.url, body).status_code == 503
+            return httpx.get(f"{server.url}/health/ready", trust_env=False).status_code == 503
+
+        wait_until(stuck)
+        server.process.send_signal(signal.SIGTERM)
+        out, err = server.process.communicate(timeout=40)  # its drain may take 60 s
+        assert (server.process.returncode, out, err) == (1, "stopped\n", "")
+
+
 def test_ten_thousand_connections(tmp_path):
     count = 10_000
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < count + 200:

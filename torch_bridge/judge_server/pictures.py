@@ -14,6 +14,7 @@ from cocoedit_jax.data.jpeg_scans import TooManyScans, check_scans
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg);base64,")
 MAX_ASPECT = 200  # the most that Qwen2.5-VL resizes
 MAX_PNG_CHUNKS = 1000  # besides those of pixels
+MAX_EXIF_BYTES = 2**16  # what a JPEG segment holds
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -50,7 +51,10 @@ def decode_data_url(url: str, max_bytes: int, max_pixels: int) -> Image.Image:
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise PictureError(f"{width}x{height} px, expected an aspect ratio of at most {MAX_ASPECT}")
             check_scans(file)
-            file.load()
+            file.load()  # a PNG may have its EXIF at the end
+            # Tags may all point at the same bytes, of which Pillow (12.0) keeps a copy for each.
+            if len(file.info.get("exif", b"")) + len(file.info.get("Raw profile type exif", "")) // 2 > MAX_EXIF_BYTES:
+                raise PictureError(f"more than {MAX_EXIF_BYTES} bytes of EXIF")
             return as_rgb(ImageOps.exif_transpose(file))
     except PictureError:
         raise

@@ -156,6 +156,19 @@ def gated(settings, connections=None):
             model.go.set()
 
 
+class Stuck(FakeModel):
+    """Does not come back from preparing what has the word stuck in it, until `go` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+
+    def prepare(self, messages):
+        if "stuck" in messages[-1].texts[-1]:
+            self.go.wait()
+        return super().prepare(messages)
+
+
 def _answers(client, path):
     try:
         return client.get(path).status_code == 200
@@ -164,13 +177,13 @@ def _answers(client, path):
 
 
 class FakeProcess:
-    """``python -m launch.serve_judge --fake`` as a process; `torch` cannot be imported in it."""
+    """``python -m launch.serve_judge --fake``, or another program, as a process; `torch` cannot be imported in it."""
 
-    def __init__(self, folder, *flags, port=0, environment=None):
+    def __init__(self, folder, *flags, port=0, environment=None, program=None):
         (folder / "torch.py").write_text("raise RuntimeError('torch was imported')")
         path = os.pathsep.join([str(folder), str(ROOT)])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.serve_judge", "--fake", f"--port={port}", *flags],
+            [sys.executable, *(program or ("-m", "launch.serve_judge", "--fake", f"--port={port}", *flags))],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -180,6 +180,15 @@ def test_small_files_that_take_long_are_refused_undecoded(monkeypatch):
                 decode_data_url(as_url(whole[:place] + chunks + whole[place:]), 10**6, 10_000)
 
 
+def test_large_exif_is_refused_unread(monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "getexif", lambda self: pytest.fail("read"))
+    whole = png_of_size(8, 8)
+    for place in (33, -12):
+        exif = png_chunk(b"eXIf", b"MM" + bytes(2**16))
+        with pytest.raises(PictureError, match="more than 65536 bytes of EXIF"):
+            decode_data_url(as_url(whole[:place] + exif + whole[place:]), 10**6, 10_000)
+
+
 def test_pictures_that_are_read():
     assert decode_data_url(as_url(many_scans(100), "jpeg"), 10**6, 10_000).size == (64, 64)
     noted = png_of_size(8, 8)

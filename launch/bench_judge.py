@@ -2,13 +2,15 @@
 
     python -m launch.bench_judge --endpoint=http://127.0.0.1:8000/v1 --requests=200 --concurrency=16 [--json=out.json]
 
-Requests are those of training: two pictures, one token, log-probabilities. Several --endpoint share the load.
+Requests are those of training: two pictures, one token, log-probabilities. Several --endpoint share the load. It ends
+early, with what it has measured, when --concurrency and four more requests in a row have failed.
 """
 
 from pathlib import Path
 
 from absl import flags
 
+from cocoedit_jax.errors import UserError
 from launch import command
 
 _ENDPOINT = flags.DEFINE_multi_string("endpoint", ["http://127.0.0.1:8000/v1"], "Base address of a server; repeatable.")
@@ -28,7 +30,7 @@ _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file."
 def main(argv: list[str]) -> None:
     from cocoedit_jax.reporting.telemetry import write_json
     from cocoedit_jax.rewards.chat import ChatClient
-    from cocoedit_jax.rewards.judge_bench import Load, describe, find_model, make_requests, run_load
+    from cocoedit_jax.rewards.judge_bench import WAIT_S, Load, describe, find_model, make_requests, run_load
 
     load = Load(_REQUESTS.value, _CONCURRENCY.value, _SIZE.value, _GROUP.value, _FORMAT.value, _SEED.value)
     with ChatClient(
@@ -41,10 +43,12 @@ def main(argv: list[str]) -> None:
         key_file=_KEY_FILE.value,
     ) as client:
         client.model = client.model or find_model(client)
-        result = run_load(client, load, make_requests(load))
+        result = run_load(client, load, make_requests(load), _TIMEOUT.value + WAIT_S)
     print(describe(result))
     if _JSON.value:
         write_json(Path(_JSON.value), result)
+    if result["stopped"]:
+        raise UserError(f"--endpoint: {result['stopped']}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from cocoedit_jax.data.jpeg_scans import TooManyScans, check_scans
 from cocoedit_jax.errors import UserError
 
 __all__ = [
@@ -175,8 +176,11 @@ def _opened(path: ImageFile, role: str) -> Iterator[Image.Image]:
         raise DataFault("missing file", f"{role} {path} does not exist")
     try:
         with Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes())) as file:
+            check_scans(file)
             file.load()
             yield file
+    except TooManyScans as error:
+        raise DataFault("too many scans", f"{role} {path}: {error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataFault("image too large", f"{role} {path}: {error}") from error
     except Exception as error:

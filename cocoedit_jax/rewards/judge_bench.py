@@ -31,6 +31,9 @@ _QUESTION = (
     "instruction and keep everything else of A? Answer with one digit from 0 (not at all) to 5 (perfectly)."
 )
 _WARM_UP_DEADLINE_S = 600.0  # a server's first batch may compile
+WAIT_S = 10.0  # of a request's deadline, beside its attempt: for an endpoint that is left alone for a while
+FAILURES_BEYOND = 4  # those under way may be lost with one server of several; so many more, and the judge is gone
+_FULL = "status_429"  # said by a server that is well
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,19 @@ def find_model(client: ChatClient) -> str:
     return first.pop()
 
 
-def run_load(client: ChatClient, load: Load, requests: Sequence[ChatRequest]) -> dict[str, Any]:
+def run_load(client: ChatClient, load: Load, requests: Sequence[ChatRequest], deadline_s: float) -> dict[str, Any]:
     """Sends `requests`, `load.concurrency` at a time, each as soon as an earlier one has ended, and measures.
+
+    After `load.concurrency` + `FAILURES_BEYOND` failures in a row it stops, closes `client` and returns what was
+    measured until then; a full queue (429) does not count.
+
+    Args:
+        deadline_s: for each request; with one attempt, its time and `WAIT_S`.
 
     Returns:
         JSON of the load and what came of it: `latency_ms` (p50, p90, p99, mean, max; of the requests that were
-        answered), `requests_per_s`, `images_per_s`, `answered`, `failed` (cause -> number), `without_logprobs`.
+        answered), `requests_per_s`, `images_per_s`, `answered`, `failed` (cause -> number), `without_logprobs`,
+        `stopped` (why before the end, else None; `seconds` then ends with the last answer).
 
     Raises:
         UserError: the first request, which is not counted, is refused, or none is answered.
@@ -108,23 +118,42 @@ def run_load(client: ChatClient, load: Load, requests: Sequence[ChatRequest]) ->
     lock = threading.Lock()
     replies: list[ChatReply] = []
     bar = progress(len(requests), "judge", "request")
+    most = load.concurrency + FAILURES_BEYOND
+    row, stopped = 0, None
+    start = last_answer = perf_counter()
+
+    def take(reply: ChatReply) -> bool:
+        """Whether it was the failure that ends the load."""
+        nonlocal row, stopped, last_answer
+        replies.append(reply)
+        bar.update()
+        if reply.failure is None:
+            row, last_answer = 0, perf_counter()
+        elif reply.failure.cause != _FULL:
+            row += 1
+        if row < most:
+            return False
+        answers = sum(one.ok for one in replies)
+        stopped = f"{most} requests in a row failed, when {answers} of {len(requests)} had been answered"
+        stopped += f"; the last: {reply.failure}"
+        return True
 
     def work() -> None:
         while True:
             with lock:
-                request = next(waiting, None)
+                request = None if stopped else next(waiting, None)
             if request is None:
                 return
-            (reply,) = client.complete_all([request])
+            (reply,) = client.complete_all([request], deadline_s)
             with lock:
-                replies.append(reply)
-                bar.update()
+                last = not stopped and take(reply)
+            if last:
+                client.close()  # ends those that are under way
 
-    start = perf_counter()
     with ThreadPoolExecutor(load.concurrency) as pool:
         for worker in [pool.submit(work) for _ in range(load.concurrency)]:
             worker.result()
-    seconds = perf_counter() - start
+    seconds = (last_answer if stopped else perf_counter()) - start
     bar.close()
     answered = [reply for reply in replies if reply.ok]
     failed = Counter(reply.failure.cause or reply.failure.reason for reply in replies if reply.failure)
@@ -145,6 +174,7 @@ def run_load(client: ChatClient, load: Load, requests: Sequence[ChatRequest]) ->
         "seconds": seconds,
         "answered": len(answered),
         "failed": dict(failed),
+        "stopped": stopped,
         "without_logprobs": sum(reply.logprobs is None for reply in answered),
         "requests_per_s": len(answered) / seconds,
         "images_per_s": 2 * len(answered) / seconds,

@@ -20,6 +20,7 @@ from cocoedit_jax.rewards.chat import ChatClient
 from cocoedit_jax.rewards.judge import JudgeRequest
 from cocoedit_jax.rewards.judge_bench import find_model
 from cocoedit_jax.rewards.vlm_judge import VlmJudge
+from tests.rewards.fake_judge import FakeJudge
 from tests.torch_bridge.judge_server.helpers import ROOT, FakeProcess, expectation, judge_request, square, wait_until
 
 GOOD = judge_request(square((0, 0, 255)), square((255, 0, 0)))
@@ -74,6 +75,28 @@ def test_a_drain_that_takes_too_long_is_ended(tmp_path):
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(40) == 1
         assert all(reply.result() in (500, None) for reply in replies)  # a client tries again
+
+
+_STUCK = """
+from tests.torch_bridge.judge_server.helpers import Stuck
+from torch_bridge.judge_server.app import AppSettings
+from torch_bridge.judge_server.serving import Address, ServeOptions, serve
+serve(Stuck(), AppSettings("fake", request_seconds=0.5, decode_threads=1), ServeOptions(Address(port=0)))
+"""
+
+
+def test_a_thread_that_does_not_end_is_not_waited_for(tmp_path):
+    body = judge_request(square((0, 0, 255)), square((255, 0, 0)), "red, stuck")
+    with FakeProcess(tmp_path, program=("-c", _STUCK)) as server:
+
+        def stuck():
+            assert post(server.url, body).status_code == 503
+            return httpx.get(f"{server.url}/health/ready", trust_env=False).status_code == 503
+
+        wait_until(stuck)
+        server.process.send_signal(signal.SIGTERM)
+        out, err = server.process.communicate(timeout=40)  # its drain may take 60 s
+        assert (server.process.returncode, out, err) == (1, "stopped\n", "")
 
 
 def test_ten_thousand_connections(tmp_path):
@@ -145,6 +168,16 @@ def test_killed_and_started_again(tmp_path):
         assert "p50" in done.stdout and "images/s" in done.stdout and "20/20" in done.stderr
         with ChatClient([f"{url}/v1"]) as client, pytest.raises(UserError, match="--endpoint: .*field 'authorization'"):
             find_model(client)
+
+
+def test_what_was_measured_until_the_judge_died_is_printed(tmp_path):
+    with FakeJudge() as judge:
+        judge.faults = [""] * 11 + ["drop"] * 90
+        flags = (f"--endpoint={judge.url}", "--requests=90", "--concurrency=1", "--size=8")
+        done = command("bench_judge", *flags, f"--json={tmp_path / 'b.json'}")
+    assert done.returncode == 1 and "p50" in done.stdout
+    assert "--endpoint: 5 requests in a row failed, when 10 of 90 had been answered" in done.stderr.splitlines()[-1]
+    assert json.loads((tmp_path / "b.json").read_text())["answered"] == 10
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from torch_bridge.judge_server.batching import Batcher, BatchLimits, QueueFull
 from torch_bridge.judge_server.chat_model import ChatModel, Completion, Prompt, PromptError
+from torch_bridge.judge_server.decoding import Decoders, GivenUp
 from torch_bridge.judge_server.metrics import Metrics
 from torch_bridge.judge_server.protocol import (
     ApiError,
@@ -41,8 +42,9 @@ _CLIENT_GONE = 499  # for the metrics; nobody receives it
 @dataclass(frozen=True)
 class AppSettings:
     """`name`: the model's, as requests give it; `token`: what requests must bear, empty for none; `root`: what the
-    model was loaded from, if that is not its name. Seconds: to receive a body; from its head to the reply; a batch may
-    take before the server calls itself dead.
+    model was loaded from, if that is not its name. Seconds: to receive a body; from then to the reply, decoding of
+    pictures included; a batch, or decoding that nobody waits for in all `decode_threads`, may take before the server
+    calls itself dead.
     """
 
     name: str
@@ -53,6 +55,7 @@ class AppSettings:
     request_seconds: float = 120.0
     stuck_seconds: float = 300.0
     root: str = ""
+    decode_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
 
 class JudgeApp:
@@ -72,9 +75,10 @@ class JudgeApp:
         self.model, self.settings, self.metrics = model, settings, metrics or Metrics()
         self._on_load_error, self._on_ready = on_load_error, on_ready
         self._model_thread = ThreadPoolExecutor(1, "model")
-        self._decoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "decode")
+        self.decoders = Decoders(settings.decode_threads)
         self.batcher = Batcher(model.complete, settings.batches, self._model_thread, self.metrics.observe_batch)
         self.metrics.queue_depth.set_function(lambda: self.batcher.depth)
+        self.metrics.decoding_given_up.set_function(lambda: self.decoders.given_up)
         self.loaded = False
         self._created = int(time.time())
         routes = [
@@ -92,8 +96,8 @@ class JudgeApp:
 
     @property
     def busy(self) -> bool:
-        """The model's thread is loading or computing."""
-        return not self.loaded or self.batcher.computing
+        """A thread is loading, decoding or computing."""
+        return not self.loaded or self.decoders.busy or self.batcher.computing
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -105,7 +109,7 @@ class JudgeApp:
             for task in (loading, batching):
                 task.cancel()
             await asyncio.gather(loading, batching, return_exceptions=True)
-            self._decoders.shutdown(wait=False, cancel_futures=True)
+            self.decoders.shutdown()
             self._model_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self) -> None:
@@ -120,10 +124,13 @@ class JudgeApp:
     # --- what a supervisor asks ---------------------------------------------------------------------------------------
 
     async def _live(self, request: Request) -> Response:
-        """Dead when a batch never ends: only a new process helps then."""
+        """Dead when a batch never ends, or decoding in all threads: only a new process helps then."""
         seconds = self.batcher.batch_seconds
         if seconds > self.settings.stuck_seconds:
             return JSONResponse({"status": "stuck", "batch_seconds": round(seconds)}, 503)
+        seconds = self.decoders.stuck_seconds
+        if seconds > self.settings.stuck_seconds:
+            return JSONResponse({"status": "stuck", "decoding_seconds": round(seconds)}, 503)
         return JSONResponse({"status": "live"})
 
     async def _ready(self, request: Request) -> Response:
@@ -131,6 +138,8 @@ class JudgeApp:
             return JSONResponse({"status": "loading"}, 503)
         if self.batcher.ill:
             return JSONResponse({"status": "failing"}, 503)
+        if self.decoders.all_given_up:
+            return JSONResponse({"status": "decoding"}, 503)
         return JSONResponse({"status": "ready"})
 
     async def _metrics(self, request: Request) -> Response:
@@ -168,10 +177,13 @@ class JudgeApp:
                 raise ApiError(415, "content-type: expected application/json", param="content-type")
             if not self.loaded:
                 raise ApiError(503, "the model is still loading", code="loading", retry_after=2)
+            if self.decoders.all_given_up:
+                message = "all threads that decode pictures are held by requests that were given up"
+                raise ApiError(503, message, code="decoding", retry_after=5)
             with self.batcher.place():
                 raw = await body.read(request.headers.get("content-length", "0"), settings.body_seconds)
                 deadline = time.monotonic() + settings.request_seconds
-                job, prompt = await self._prepare(raw)
+                job, prompt = await self._prepare(raw, deadline)
                 completion = await self._complete(body, job, prompt, deadline)
         except QueueFull as error:
             await body.discard()
@@ -186,11 +198,11 @@ class JudgeApp:
         reply = write_reply(job, completion, prompt.tokens, settings.name, self.model.token)
         return JSONResponse(reply, headers=_request_id(request))
 
-    async def _prepare(self, body: bytes) -> tuple[ChatJob, Prompt]:
+    async def _prepare(self, raw: bytes, deadline: float) -> tuple[ChatJob, Prompt]:
         """Reads and checks in a thread: decoding pictures would hold up all other connections."""
         limits = self.settings.limits
 
-        def prepare() -> tuple[ChatJob, Prompt]:
+        def prepare(body: bytes) -> tuple[ChatJob, Prompt]:
             job = read_job(parse_request(body), self.settings.name, self.model.vocabulary_size, limits)
             try:
                 prompt = self.model.prepare(job.messages)
@@ -202,7 +214,11 @@ class JudgeApp:
                 raise ApiError(400, message, param="messages", code="context_length_exceeded")
             return job, prompt
 
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
+        try:
+            return await self.decoders.run(prepare, raw, deadline)
+        except GivenUp as error:
+            seconds = self.settings.request_seconds
+            raise ApiError(503, f"not decoded within {seconds:g} s", code="timeout", retry_after=5) from error
 
     async def _complete(self, body: _Body, job: ChatJob, prompt: Prompt, deadline: float) -> Completion:
         """The completion, unless the client goes away or the time is over: then it is not computed any more."""

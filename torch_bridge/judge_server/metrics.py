@@ -29,6 +29,9 @@ class Metrics:
             registry=registry,
         )
         self.queue_depth = Gauge("judge_queue_depth", "Requests that wait to be computed", registry=registry)
+        self.decoding_given_up = Gauge(
+            "judge_decoding_given_up", "Threads that still decode pictures of requests given up", registry=registry
+        )
         self.batch_size = Histogram(
             "judge_batch_size",
             "Requests computed at once",

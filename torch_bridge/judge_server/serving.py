@@ -121,7 +121,7 @@ class JudgeServer:
 
 def serve(model: ChatModel, settings: AppSettings, options: ServeOptions) -> None:
     """Runs a server as the process: SIGTERM or Ctrl-C ends it with code 0 once its queue is empty, with code 1 if that
-    takes longer than allowed.
+    takes longer than allowed or a thread is still at work for a request that was given up.
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 

@@ -71,16 +71,16 @@ def expectation(reply):
     return sum(int(digit) * chance for digit, chance in chances.items()) / mass / 5, mass
 
 
+def png_chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
 def png_of_size(width, height):
     """A small, valid PNG file that decodes to width x height black pixels."""
-
-    def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
     packer = zlib.compressobj(9)
     rows = b"".join(packer.compress(bytes(1 + (width + 7) // 8)) for _ in range(height)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
 
 
 def metric(client, name):
@@ -156,6 +156,19 @@ def gated(settings, connections=None):
             model.go.set()
 
 
+class Stuck(FakeModel):
+    """Does not come back from preparing what has the word stuck in it, until `go` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+
+    def prepare(self, messages):
+        if "stuck" in messages[-1].texts[-1]:
+            self.go.wait()
+        return super().prepare(messages)
+
+
 def _answers(client, path):
     try:
         return client.get(path).status_code == 200
@@ -164,13 +177,13 @@ def _answers(client, path):
 
 
 class FakeProcess:
-    """``python -m launch.serve_judge --fake`` as a process; `torch` cannot be imported in it."""
+    """``python -m launch.serve_judge --fake``, or another program, as a process; `torch` cannot be imported in it."""
 
-    def __init__(self, folder, *flags, port=0, environment=None):
+    def __init__(self, folder, *flags, port=0, environment=None, program=None):
         (folder / "torch.py").write_text("raise RuntimeError('torch was imported')")
         path = os.pathsep.join([str(folder), str(ROOT)])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "launch.serve_judge", "--fake", f"--port={port}", *flags],
+            [sys.executable, *(program or ("-m", "launch.serve_judge", "--fake", f"--port={port}", *flags))],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -11,6 +11,7 @@ from cocoedit_jax.errors import UserError
 from tests.torch_bridge.judge_server.helpers import (
     LIMITS,
     PATH,
+    Stuck,
     gated,
     good,
     metric,
@@ -91,6 +92,37 @@ def test_what_takes_too_long_is_given_up():
         wait_until(lambda: client.post(PATH, json=good("red, the last")).status_code == 200)
         # What was given up while it waited was not computed.
         assert model.batches[0] == ["red, the first"] and ["red, the second"] not in model.batches
+
+
+def test_decoding_that_does_not_end_is_given_up_and_told():
+    model = Stuck()
+    settings = AppSettings("fake", request_seconds=0.5, stuck_seconds=0.1, decode_threads=2)
+    with running(model, settings) as client:
+
+        def stick(threads):
+            """Whether so many threads are held; a request that no thread began in time holds none."""
+            reply = client.post(PATH, json=good("red, stuck"))
+            assert reply.status_code == 503 and reply.json()["error"]["code"] == "timeout", reply.text
+            return metric(client, "judge_decoding_given_up") == threads
+
+        def serves():
+            return client.post(PATH, json=good()).status_code == 200
+
+        try:
+            wait_until(lambda: stick(1))
+            wait_until(serves)  # in the thread that is left
+            assert client.get("/health/ready").status_code == client.get("/health/live").status_code == 200
+            wait_until(lambda: stick(2))
+            assert client.get("/health/ready").json() == {"status": "decoding"}
+            reply = client.post(PATH, json=good())
+            assert reply.status_code == 503 and reply.json()["error"]["code"] == "decoding"
+            wait_until(lambda: client.get("/health/live").status_code == 503)  # for more than 0.1 s
+            assert set(client.get("/health/live").json()) == {"status", "decoding_seconds"}
+        finally:
+            model.go.set()
+        wait_until(lambda: client.get("/health/ready").status_code == 200)
+        wait_until(serves)
+        assert client.get("/health/live").status_code == 200 and metric(client, "judge_decoding_given_up") == 0
 
 
 def test_clients_that_leave_free_their_places(connect):

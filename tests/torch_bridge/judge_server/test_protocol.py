@@ -3,13 +3,15 @@
 import io
 import json
 import time
+import zlib
 
 import numpy as np
 import pytest
 from openai.types.chat import ChatCompletion
-from PIL import Image
+from PIL import Image, ImageFile
 
 from cocoedit_jax.rewards.chat_protocol import parse_completion
+from tests.data.scan_files import many_scans
 from tests.torch_bridge.judge_server.helpers import (
     ROOT,
     as_url,
@@ -17,6 +19,7 @@ from tests.torch_bridge.judge_server.helpers import (
     data_url,
     image_part,
     judge_request,
+    png_chunk,
     png_of_size,
     square,
     text_part,
@@ -162,7 +165,35 @@ def test_a_bomb_is_refused_unopened(monkeypatch):
         decode_data_url(bomb, 5000, 2**40)
 
 
+def test_small_files_that_take_long_are_refused_undecoded(monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(PictureError, match="a JPEG file of more than 100 scans, expected at most 100"):
+        decode_data_url(as_url(many_scans(101), "jpeg"), 10**6, 10_000)
+    error = refusal(chat(image_part(as_url(many_scans(101), "jpeg"))), Limits())
+    assert (error.status, error.param) == (400, "messages[0].content[0].image_url.url")
+    profile = png_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(2**20 - 1)))
+    monkeypatch.setattr(Image, "open", lambda *a, **k: pytest.fail("opened"))  # which already expands profiles
+    for chunks, text in ((profile * 2, "several colour profiles"), (png_chunk(b"tEXt", b"a\0") * 1000, "1000 chunks")):
+        for place in (33, -12):  # behind the header; before the end
+            whole = png_of_size(8, 8)
+            with pytest.raises(PictureError, match=text):
+                decode_data_url(as_url(whole[:place] + chunks + whole[place:]), 10**6, 10_000)
+
+
+def test_large_exif_is_refused_unread(monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "getexif", lambda self: pytest.fail("read"))
+    whole = png_of_size(8, 8)
+    for place in (33, -12):
+        exif = png_chunk(b"eXIf", b"MM" + bytes(2**16))
+        with pytest.raises(PictureError, match="more than 65536 bytes of EXIF"):
+            decode_data_url(as_url(whole[:place] + exif + whole[place:]), 10**6, 10_000)
+
+
 def test_pictures_that_are_read():
+    assert decode_data_url(as_url(many_scans(100), "jpeg"), 10**6, 10_000).size == (64, 64)
+    noted = png_of_size(8, 8)
+    noted = noted[:33] + png_chunk(b"tEXt", b"a\0b") * 900 + noted[33:]
+    assert decode_data_url(as_url(noted), 10**6, 100).size == (8, 8)
     gray = Image.fromarray(np.full((5, 7), 40000, np.uint16))
     clear = Image.new("RGBA", (7, 5), (255, 0, 0, 0))
     assert np.asarray(decode_data_url(data_url(gray), 10**6, 100)).tolist() == [[[156] * 3] * 7] * 5

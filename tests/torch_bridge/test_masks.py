@@ -3,16 +3,14 @@
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
 from cocoedit_jax.annotation.segmenters import make_segmenter
 from cocoedit_jax.errors import UserError
+from tests.launch.recipes.calls import ROOT, read_flags
 from tests.torch_bridge.tiny_sam2 import save_tiny_sam2
 from torch_bridge import masks, require_torch
 
@@ -69,13 +67,17 @@ def test_what_does_not_load_is_said_in_one_line(tmp_path):
     with pytest.raises(UserError, match="--config.mask.options=") as error:
         make_segmenter("sam2", {})
     # The flag that it shows, and the README's, are ones that the command takes.
-    root = Path(__file__).resolve().parents[2]
-    for text in (str(error.value), (root / "README.md").read_text(encoding="utf-8")):
-        (shown,) = re.findall(r'--config\.mask\.options="[^"]*"', text)
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", str(root / "configs/annotate.py"), flag_values=values)
-        values(["annotate", *shlex.split(shown)])
-        assert values.config.mask.options.to_dict() == {"checkpoint": "sam2.1_hiera_large.pt"}
+    texts = [str(error.value), (ROOT / "README.md").read_text(encoding="utf-8")]
+    lines = [
+        [
+            "--config=configs/annotate.py",
+            "--output=DIR",
+            *shlex.split(*re.findall(r'--config\.mask\.options="[^"]*"', text)),
+        ]
+        for text in texts
+    ]
+    for found in read_flags("launch.annotate", lines):
+        assert found["config"]["mask"]["options"] == {"checkpoint": "sam2.1_hiera_large.pt"}
     (tmp_path / "mine.pt").write_bytes(b"")
     with pytest.raises(UserError, match="no configuration known for mine.pt"):
         make_segmenter("sam2", {"checkpoint": str(tmp_path / "mine.pt")})
@@ -88,11 +90,10 @@ def test_a_missing_package_names_the_steps(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"torchvision is missing; .*--no-build-isolation 'sam2>=1.1,<2'") as error:
         make_segmenter("sam2", {"checkpoint": str(path)})
     # The same steps, word for word, in the README and in what continuous integration does.
-    root = Path(__file__).resolve().parents[2]
     steps = re.findall(r"(?:SAM2_BUILD_CUDA=0 )?pip install [^&;]*", str(error.value))[1:]
     assert len(steps) == 4
     for file in ("README.md", ".ci/run"):
-        text = (root / file).read_text(encoding="utf-8").replace("python -m pip", "pip")
+        text = (ROOT / file).read_text(encoding="utf-8").replace("python -m pip", "pip")
         assert [step for step in steps if step.strip() not in text] == [], file
 
 

@@ -9,8 +9,9 @@ from cocoedit_jax.planning.topology import parse_topology
 from tests.launch.recipes.calls import RECIPES, read_flags
 
 TEXT = (RECIPES / "README.md").read_text()
+(FLAGS,) = re.findall(r'^FLAGS="(.*)"$', TEXT, re.MULTILINE)
 LINES = [
-    shlex.split(line, comments=True)
+    shlex.split(line.replace("$FLAGS", FLAGS), comments=True)
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     for line in block.splitlines()
 ]
@@ -26,7 +27,11 @@ def test_files():
 def test_commands(module, count):
     lines = [line[line.index("-m") + 2 :] for line in LINES if f"launch.{module}" in line]
     # What follows the lone -- of launch.recipes.ray_train are flags of launch.train.
-    lines += [line[-2:] for line in LINES if module == "train" and "launch.recipes.ray_train" in line]
+    lines += [
+        line[len(line) - line[::-1].index("--") :]
+        for line in LINES
+        if module == "train" and "launch.recipes.ray_train" in line
+    ]
     assert len(lines) == count
     for found in read_flags(f"launch.{module}", lines):
         assert "error" not in found and not found["rest"], found

@@ -1,6 +1,6 @@
 """Compares layouts of a run, on the devices present or for ones that are not there, and recommends one.
 
-    python -m launch.bench_sharding --config=configs/quickstart.py                         # measured here
+    python -m launch.bench_sharding --config=configs/quickstart.py                         # measured on this host
     python -m launch.bench_sharding --config=configs/flux_kontext.py --topology=v5e:4x4 \\
         --layouts=fsdp,fsdp_tensor --per_shard=1,2 --remat=full,attention --recommend      # planned by the TPU compiler
     python -m launch.bench_sharding --config=configs/flux_kontext.py --topology=h100:8     # by formula
@@ -57,7 +57,7 @@ def _layouts() -> list[str]:
 def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if not _TOPOLOGY.value:
-        distributed.initialize()
+        distributed.alone("layouts of several hosts are planned with --topology, such as v5e:4x4 or h100:16")
     import jax
 
     from cocoedit_jax.errors import UserError
@@ -99,8 +99,6 @@ def main(argv: list[str]) -> None:
         f"{path}: {config.model.kind}, {config.data.resolution} px, {workload.samples} samples per step, LoRA rank "
         f"{config.lora.rank}"
     )
-    if not places and jax.process_index():  # all have measured the same programs; one tells
-        return
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
 

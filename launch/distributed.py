@@ -63,8 +63,11 @@ def initialize() -> None:
         _join(found)
 
 
-def alone() -> None:
+def alone(instead: str = "") -> None:
     """For a command that runs in one process, in place of ``initialize``.
+
+    Args:
+        instead: what else can be done, for the message.
 
     Raises:
         UserError: flags, environment or cluster tell of several, each of which would do all of it.
@@ -73,7 +76,7 @@ def alone() -> None:
     if found is not None and found.count > 1:
         raise UserError(
             f"process {found.index} of {found.count}: this command runs in one process; start it once, or give "
-            "--distributed=off to the one that is to run it"
+            "--distributed=off to the one that is to run it" + (f"; {instead}" if instead else "")
         )
 
 

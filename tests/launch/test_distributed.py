@@ -185,8 +185,13 @@ def test_a_process_that_stays_alone_ends_with_one_line(index, busy, text):
     assert err.startswith("error: ") and text in err and flags[0] in err and len(err.splitlines()) == 1, err
 
 
-def test_a_comparison_runs_in_one_process(tmp_path):
-    command = [sys.executable, "-m", "launch.compare", "--config=configs/quickstart.py", f"--out={tmp_path}", *EXPLICIT]
-    found = subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 1 and found.stdout == ""
+@pytest.mark.parametrize("name, instead", [("compare", ""), ("bench_sharding", "planned with --topology")])
+def test_a_comparison_runs_in_one_process(tmp_path, name, instead):
+    flags = ["--config=configs/quickstart.py", f"--out={tmp_path / 'out'}", *EXPLICIT]
+    command = [sys.executable, "-m", f"launch.{name}", *flags]
+    found = subprocess.run(
+        command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert found.returncode == 1 and found.stdout == "" and not (tmp_path / "out").exists()
     assert found.stderr.startswith("error: process 2 of 4: this command runs in one process"), found.stderr
+    assert instead in found.stderr and len(found.stderr.splitlines()) == 1

@@ -6,6 +6,7 @@ stays where the next program wants it placed as the last one did.
 """
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -203,7 +204,8 @@ def measured_rows(
     done: Callable[[list[Row]], object] = lambda rows: None,
     program: Callable[..., Program] = Program,
 ) -> list[Row]:
-    """A row for every candidate. One that runs out of memory, or cannot be compiled, is a row that says so.
+    """A row for every candidate, on the devices of this process. One that runs out of memory, or cannot be compiled, is
+    a row that says so.
 
     A first round compiles and runs each once, which says what fits; then all that do are timed in turn.
 
@@ -250,9 +252,16 @@ def measured_rows(
                     runs[index, phase] = (made, [])
                 bar.update(1)
             update()
-        for _ in range(repeats):
-            for runner, seconds in runs.values():
-                seconds.append(runner(base))
+        for rounds_left in reversed(range(repeats)):
+            for index, phase in list(runs):
+                runner, seconds = runs[index, phase]
+                took, fault = _attempt(functools.partial(runner, base), base)
+                if fault is None:
+                    seconds.append(took)
+                else:  # it ran once, but memory may be in pieces by now
+                    rows[index]["phases"][phase] = fault
+                    del runs[index, phase]
+                    bar.total -= rounds_left
                 bar.update(1)
             update()
     return rows
@@ -260,13 +269,26 @@ def measured_rows(
 
 def _first_run(make: Callable[[], Program], base: HeldBase) -> tuple[dict[str, Any], Program | None]:
     """What became of a program, and the program if it runs."""
-    try:
+
+    def run() -> Program:
         made = make()
         made(base)
-        return {
-            "fits": True, "compile_seconds": made.compile_seconds, "kept": made.kept, "memory": made.memory,
-            "need": made.memory["total"],
-        }, made  # fmt: skip
+        return made
+
+    made, fault = _attempt(run, base)
+    if fault is not None:
+        return fault, None
+    return {
+        "fits": True, "compile_seconds": made.compile_seconds, "kept": made.kept, "memory": made.memory,
+        "need": made.memory["total"],
+    }, made  # fmt: skip
+
+
+def _attempt(work: Callable[[], Any], base: HeldBase) -> tuple[Any, dict[str, Any] | None]:
+    """What ``work`` gives, and None; if it runs out of memory or cannot be compiled, None and the phase of a row that
+    says so, and ``base`` holds nothing any more."""
+    try:
+        return work(), None
     except jax.errors.JaxRuntimeError as error:
         message = str(error).strip()
     except (ValueError, NotImplementedError) as error:
@@ -274,5 +296,5 @@ def _first_run(make: Callable[[], Program], base: HeldBase) -> tuple[dict[str, A
     base.drop()
     exhausted = parse_out_of_memory(message)
     if exhausted is None:
-        return {"fits": False, "error": message[:2000]}, None
-    return {"fits": False, **exhausted, "message": message[:500]}, None
+        return None, {"fits": False, "error": message[:2000]}
+    return None, {"fits": False, **exhausted, "message": message[:500]}

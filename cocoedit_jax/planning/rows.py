@@ -79,6 +79,8 @@ def predicted_phase(
 def finish(row: Row, workload: Workload) -> Row:
     """Adds what follows from the phases: ``fits``, and of rows that do, ``step_seconds`` and ``samples_per_second`` as
     soon as times are known."""
+    for name in ("step_seconds", "samples_per_second"):  # of rounds before one that failed
+        row.pop(name, None)
     phases = row["phases"].values()
     row["fits"] = bool(phases) and all(phase["fits"] for phase in phases)
     key = "measured" if row["method"] == "measured" else "roofline"

@@ -85,6 +85,34 @@ def test_programs_take_turns_and_what_is_known_is_told(workload, monkeypatch):
     assert found[1]["phases"]["rollout"]["measured"] == {"median": 4, "q1": 4, "q3": 4, "samples": 3}
 
 
+def test_a_program_that_runs_out_of_memory_later_is_a_row_and_the_others_go_on(workload, monkeypatch):
+    """The first row's optimizer step fails in the second of three rounds, after its first run."""
+    Fake.calls.clear()
+    dropped = []
+    monkeypatch.setattr(HeldBase, "drop", lambda self: dropped.append(len(Fake.calls)))
+
+    class Tight(Fake):
+        def __call__(self, base):
+            seconds = super().__call__(base)
+            if self.name == (1, "train") and self.calls.count(self.name) == 3:
+                raise jax.errors.JaxRuntimeError(GPU_MESSAGE)
+            return seconds
+
+    rates = []
+    found = measured_rows(
+        workload, candidates(workload, [1, 2]), repeats=3, micro_batches=3, program=Tight,
+        done=lambda rows: rates.append(["samples_per_second" in row for row in rows]),
+    )  # fmt: skip
+    assert found[0]["phases"]["train"] == {
+        "fits": False, "need": 24 * 2**30, "available": None, "message": GPU_MESSAGE,
+    }  # fmt: skip
+    assert Fake.calls.count((1, "train")) == 3 and dropped == [10]
+    assert [found[i]["phases"][p]["measured"]["samples"] for i, p in ((0, "rollout"), (1, "train"))] == [3, 3]
+    assert rates[2:] == [[True, True], [False, True], [False, True]]
+    assert not found[0]["fits"] and rows.recommend(found) is found[1]
+    assert "train: out of memory" in tables.text_table(found)
+
+
 def test_the_base_stays_where_it_is_wanted():
     mesh = make_mesh({"fsdp": 8})
     split = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from cocoedit_jax.errors import UserError
+from cocoedit_jax.sharding.chips import GPU_SHARE
 
 _CACHE = flags.DEFINE_string(
     "xla_cache", "~/.cache/cocoedit_jax/xla",
@@ -47,6 +48,17 @@ def give_simulated_devices_threads() -> None:
         os.environ.setdefault("PJRT_NPROC", str(max(8 * int(forced[1]), os.cpu_count() or 1)))
 
 
+def give_jax_the_gpus() -> None:
+    """Lets JAX use ``GPU_SHARE`` of a GPU's memory, unless the environment says what it may: its own default is 75 %.
+
+    Must come before JAX starts. JAX refuses a process where both names of the share are set.
+    """
+    said = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_ALLOCATOR")
+    shares_gpus = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("false", "0")
+    if not shares_gpus and not any(os.environ.get(name) for name in said):
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = str(GPU_SHARE)
+
+
 def _parse(argv: list[str]) -> list[str]:
     """The command line, with configuration files loaded. Faults of either end the program."""
     try:
@@ -66,12 +78,13 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: --config: {error}")
 
 
-def run(main: Callable[[list[str]], None], setup: Callable[[], None] | None = None) -> None:
+def run(main: Callable[[list[str]], None], setup: Callable[[], None] | None = None, *, jax_only: bool = False) -> None:
     """Runs ``main`` as absl does; its UserErrors and stops by non-finite numbers become one message and exit code 1.
 
     Args:
         main: what the command does.
         setup: called before it, with flags parsed: ``distributed.initialize`` for what runs on several hosts.
+        jax_only: nothing else in this process, such as PyTorch, uses the GPUs: see ``give_jax_the_gpus``.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -80,6 +93,8 @@ def run(main: Callable[[list[str]], None], setup: Callable[[], None] | None = No
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
         keep_compiled_programs()
         give_simulated_devices_threads()
+        if jax_only:
+            give_jax_the_gpus()
         try:
             if setup is not None:
                 setup()

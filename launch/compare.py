@@ -46,4 +46,4 @@ def _overrides() -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    command.run(main, setup=distributed.alone)
+    command.run(main, setup=distributed.alone, jax_only=True)

@@ -46,4 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, setup=distributed.initialize)
+    command.run(main, setup=distributed.initialize, jax_only=True)

@@ -4,6 +4,10 @@ import dataclasses
 
 GB = 1e9
 GIB = 2**30
+# Of a GPU's memory, what commands that use it for JAX alone let JAX take (launch/command.py), and so what is planned
+# with. JAX by itself takes 0.75. The rest is CUDA's context, libraries' workspaces and NCCL's buffers, which are not in
+# JAX's pool.
+GPU_SHARE = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +56,14 @@ CHIPS: dict[str, Chip] = {
     "tpu7x": Chip(("TPU7x", "TPU v7"), "tpu", 1153.5e12, 96 * GB, 3690 * GB, 300 * GB, 6.2 * GB, cores=2, dims=3,
                   fp8=2307e12),
     # GPU: NVIDIA data sheets (SXM): dense peaks (half of those "with sparsity"), HBM, NVLink 600 (H: 900, B: 1800) GB/s
-    # both directions together; one InfiniBand adapter per GPU, 200 Gb/s (H, B: 400), as in DGX systems. 5 % of the
-    # memory is the driver's and the allocator's.
-    "a100": Chip(("NVIDIA A100",), "gpu", 312e12, 0.95 * 80 * GB, 2039 * GB, 300 * GB, 25 * GB, node=8, int8=624e12),
-    "h100": Chip(("NVIDIA H100",), "gpu", 989e12, 0.95 * 80 * GB, 3350 * GB, 450 * GB, 50 * GB, node=8,
+    # both directions together; one InfiniBand adapter per GPU, 200 Gb/s (H, B: 400), as in DGX systems.
+    "a100": Chip(("NVIDIA A100",), "gpu", 312e12, GPU_SHARE * 80 * GB, 2039 * GB, 300 * GB, 25 * GB, node=8,
+                 int8=624e12),
+    "h100": Chip(("NVIDIA H100",), "gpu", 989e12, GPU_SHARE * 80 * GB, 3350 * GB, 450 * GB, 50 * GB, node=8,
                  int8=1979e12, fp8=1979e12),
-    "h200": Chip(("NVIDIA H200",), "gpu", 989e12, 0.95 * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, node=8,
+    "h200": Chip(("NVIDIA H200",), "gpu", 989e12, GPU_SHARE * 141 * GB, 4800 * GB, 450 * GB, 50 * GB, node=8,
                  int8=1979e12, fp8=1979e12),
-    "b200": Chip(("NVIDIA B200",), "gpu", 2250e12, 0.95 * 180 * GB, 7700 * GB, 900 * GB, 50 * GB, node=8,
+    "b200": Chip(("NVIDIA B200",), "gpu", 2250e12, GPU_SHARE * 180 * GB, 7700 * GB, 900 * GB, 50 * GB, node=8,
                  int8=4500e12, fp8=4500e12),
 }  # fmt: skip
 # Cards that are slower than the SXM one whose name they start with.

@@ -100,6 +100,8 @@ def phase_key(workload: Workload, candidate: Candidate, topology: str, phase: st
         given.pop("quantize")
     unused = ("remat", "attention", "quantize")
     model = {k: v for k, v in workload.config.model.to_dict().items() if k not in unused}
+    if workload.config.model.kind == "qwen_image_edit" and workload.qwen[1]:
+        model["zero_cond_t"] = True  # of the folder, which the path alone does not tell
     algorithm = dataclasses.asdict(workload.algorithm) if phase == "train" else {}
     return {
         "phase": phase, "topology": topology, "candidate": given, "shape": shape, "model": model,

@@ -1,6 +1,7 @@
 """What is to be run, from a run's configuration, and the ways to run it that are compared."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,20 +10,29 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from cocoedit_jax.data.text_kind import MODEL_INDEX, qwen_template
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.models import lora, quickstart
 from cocoedit_jax.models.attention import BACKENDS, CONTEXT_BACKENDS
 from cocoedit_jax.models.blocks import REMAT_POLICIES
 from cocoedit_jax.models.editor import Editor
+from cocoedit_jax.models.hub import resolve_model
+from cocoedit_jax.models.pipeline import read_part
 from cocoedit_jax.models.quantize import FORMATS, phase_formats
+from cocoedit_jax.models.qwen import QwenConfig
 from cocoedit_jax.nft.presets import NFTConfig
 from cocoedit_jax.sharding.layouts import candidates, parse_layout
 from cocoedit_jax.train.editors import PACKAGED_BASE
 from cocoedit_jax.train.plan import StepShape, published_editor
 
 PUBLISHED = ("flux_kontext", "qwen_image_edit")
-# Where the configuration leaves the length open: Qwen's states of an instruction with its picture, as released.
-QWEN_TEXT_TOKENS = 256
+# Where the configuration leaves the length open: Qwen's text states are those of a picture, and of the words.
+# The picture, square: its sides at the template's area (torch_bridge.qwen_text.TEMPLATES: 1024, 384) in patches of
+# 14 px merged 2 x 2, rounded: 1024 / 28 -> 37, 384 / 28 -> 14.
+QWEN_PICTURE_STATES = {"edit": 37 * 37, "edit_plus": 14 * 14}
+# The template's words, about ten, and an instruction's, about fifty: with edit_plus 256, to which the released training
+# cuts and pads.
+QWEN_WORD_STATES = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +96,27 @@ class Workload:
     def samples(self) -> int:
         return self.config.rollout.groups * self.config.rollout.group_size
 
+    @functools.cached_property
+    def qwen(self) -> tuple[str, bool]:
+        """Template (``QWEN_PICTURE_STATES``) and ``zero_cond_t`` of a Qwen-Image-Edit: by the files of its folder, and
+        by its name where they are not there.
+
+        Raises:
+            UserError: files that training would not take either.
+        """
+        path = self.config.model.path
+        template = "edit" if Path(path).name.lower() == "qwen-image-edit" else "edit_plus"  # the first one; 2509, 2511
+        zero_cond_t = "2511" in path
+        try:
+            folder = resolve_model(path)
+        except UserError:
+            return template, zero_cond_t
+        if (folder / MODEL_INDEX).is_file():
+            template = qwen_template(folder)
+        if (folder / "transformer").is_dir():
+            zero_cond_t = read_part(folder, "transformer", QwenConfig.from_diffusers).zero_cond_t
+        return template, zero_cond_t
+
     def editor(self, remat: str, attention: str, quantize: str = "") -> Editor:
         """The editor of the configuration, without its weights."""
         editor = self._editor(remat, attention)
@@ -100,7 +131,7 @@ class Workload:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise UserError(f"config.model.path={str(folder)!r}: no quickstart base there ({error})") from error
             return quickstart.build_editor(base, remat=remat, attention_backend=attention)
-        kind = model.kind + ("_2511" if model.kind == "qwen_image_edit" and "2511" in model.path else "")
+        kind = model.kind + ("_2511" if model.kind == "qwen_image_edit" and self.qwen[1] else "")
         editor = published_editor(kind, dtype=jnp.dtype(model.dtype), remat=remat, attention_backend=attention)
         autoencoder: Any = editor.autoencoder
         autoencoder = dataclasses.replace(
@@ -113,7 +144,7 @@ class Workload:
         if model.kind == "quickstart":
             text: Any = self.editor("none", "xla").text
             return text.encoder.max_length
-        return model.text_tokens or QWEN_TEXT_TOKENS
+        return model.text_tokens or QWEN_PICTURE_STATES[self.qwen[0]] + QWEN_WORD_STATES
 
     def shape(self, candidate: Candidate) -> StepShape:
         """Sizes of a step that is run as ``candidate``."""

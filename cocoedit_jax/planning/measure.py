@@ -18,6 +18,7 @@ import numpy as np
 
 from cocoedit_jax.planning import predict
 from cocoedit_jax.planning.compiler import lower_phase, parse_out_of_memory, planned_memory
+from cocoedit_jax.planning.held import held, with_beside
 from cocoedit_jax.planning.rows import PHASES, Row, finish, row_of
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import progress
@@ -187,6 +188,13 @@ def peak_memory(devices: Sequence[Any]) -> int | None:
     return max(known) if known and len(known) == len(peaks) else None
 
 
+def memory_limit(devices: Sequence[Any]) -> int | None:
+    """Bytes that a run may use of each of ``devices``; None where the platform does not tell."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    known = [limit for limit in limits if limit]
+    return min(known) if known and len(known) == len(limits) else None
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, median, high = np.percentile(values, [25, 50, 75])
@@ -243,10 +251,14 @@ def measured_rows(
                     lambda: program(workload, candidate, phase, devices, micro_batches), base  # noqa: B023
                 )  # fmt: skip
                 after = peak_memory(devices)
-                if found["fits"] and before is not None and after is not None and after > before:
-                    found["peak"] = found["need"] = after  # nobody needed as much: it is this program's
+                if found["fits"]:
+                    if before is not None and after is not None and after > before:
+                        found["peak"] = after  # nobody needed as much: it is this program's
+                        # The encoders were placed with its base, but it does not use them: they are held beside it.
+                        found["need"] = after - held(workload, candidate, phase)[1]["encoders"]
+                    found = with_beside(found, workload, candidate, phase, memory_limit(devices))
                 row["phases"][phase] = found
-                if made is None:
+                if made is None or not found["fits"]:
                     bar.total -= repeats
                 else:
                     runs[index, phase] = (made, [])

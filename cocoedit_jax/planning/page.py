@@ -61,8 +61,10 @@ def memory_chart(rows: Sequence[Row], theme: str = "light") -> bytes | None:
             if used:
                 arguments = used["arguments"] / GIB
                 bar(index + offset, arguments, 0, COLORS[tone], f"{name}: arguments")
-                beyond = (used["total"] - used["arguments"]) / GIB
+                beside = used.get("beside", 0.0) / GIB
+                beyond = used["total"] / GIB - arguments - beside
                 bar(index + offset, beyond, arguments, COLORS[tone], f"{name}: temporaries", alpha=0.5)
+                bar(index + offset, beside, arguments + beyond, COLORS[tone], f"{name}: beside", alpha=0.25)
             elif need:
                 bar(index + offset, need / GIB, 0, COLORS[tone], f"{name}: need", alpha=0.3, hatch="//")
     limits = sorted({p["available"] for r in rows for p in r["phases"].values() if p.get("available")})

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import linen as nn
 
 from cocoedit_jax.models.editor import Editor
-from cocoedit_jax.models.quantize import FORMATS, same_storage
+from cocoedit_jax.models.quantize import FORMATS
+from cocoedit_jax.planning.held import abstract_of, adapter_bytes, held, planned_editor, weights
 from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.sharding.chips import Chip
 from cocoedit_jax.sharding.flops import forward_flops, lora_gradient_flops
 from cocoedit_jax.sharding.mesh import AXES, CONTEXT, DATA, FSDP, TENSOR
-from cocoedit_jax.sharding.rules import partition_spec
 
 # Values of width d that a block reads and writes per token: q, k, v, attention and its output (1+3, 3+1, 1+1), MLP
 # (1+4, 4+1), and norms, modulation and residuals around the two (6).
@@ -77,52 +76,13 @@ def rounded_peak(chip: Chip, form: str) -> float:
     return chip.int8 if FORMATS[form].dtype == jax.numpy.int8 else chip.fp8
 
 
-_abstract: dict[Any, Any] = {}
-
-
-def abstract_of(editor: Editor) -> Any:
-    """``editor.abstract()``, traced once for each kind of editor: tracing a whole model takes seconds."""
-    kind = tuple(repr(part) for part in (editor.transformer, editor.autoencoder, getattr(editor, "quantize", "")))
-    if kind not in _abstract:
-        _abstract[kind] = editor.abstract()
-    return _abstract[kind]
-
-
-class _Sizes:
-    """Stands in for a mesh where only its shape is asked for."""
-
-    def __init__(self, sizes: dict[str, int]):
-        self.shape = {axis: sizes.get(axis, 1) for axis in AXES}
-
-
-def _weights(abstract: Any, mesh: Any) -> tuple[float, float]:
-    """Bytes of boxed parameters in all, and on one device by the rule table."""
-    whole = local = 0.0
-    for leaf in jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
-        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
-        value = leaf.value if isinstance(leaf, nn.LogicallyPartitioned) else leaf
-        size = value.size * value.dtype.itemsize
-        axes = [axis for axis in partition_spec(names, value.shape, mesh) if axis]
-        whole, local = whole + size, local + size / math.prod(mesh.shape[axis] for axis in axes)
-    return whole, local
-
-
-def base_beside(workload: Workload, candidate: Candidate, phase: str) -> float:
-    """Bytes on one device of the base that the other phase uses, where it is not the same one."""
-    other = candidate.quantize_in("train" if phase == "rollout" else "rollout")
-    if same_storage(other, candidate.quantize_in(phase)):
-        return 0.0
-    editor = workload.editor(candidate.remat, "xla", other)
-    return _weights(editor.abstract()["transformer"], _Sizes(dict(candidate.sizes)))[1]
-
-
 def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> float:
     """Bytes that one device reads and writes per step, by formula: the weights of every pass (a share that was fetched
     is also written), and the activations of its own samples."""
     cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
     shape = editor.transformer.config
-    whole, _ = _weights(abstract_of(editor)["transformer"], _Sizes(sizes))
-    weights = whole / sizes["tensor"] * (2 if sizes["fsdp"] > 1 else 1)
+    whole, _ = weights(abstract_of(editor)["transformer"], candidate)
+    fetched = whole / sizes["tensor"] * (2 if sizes["fsdp"] > 1 else 1)
     if phase == "rollout":
         passes = steps
     else:
@@ -133,7 +93,7 @@ def hbm_traffic(workload: Workload, editor: Editor, candidate: Candidate, phase:
     width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
     activations = candidate.per_shard * local * shape.num_blocks * TRAFFIC_WIDTHS * shape.hidden * width
     batches = math.ceil(workload.samples / candidate.batch)
-    return batches * passes * (weights + activations)
+    return batches * passes * (fetched + activations)
 
 
 def roofline(
@@ -162,18 +122,12 @@ def roofline(
 def formula_memory(workload: Workload, editor: Editor, candidate: Candidate, phase: str) -> dict[str, float]:
     """``arguments``, ``temporaries`` and ``total`` in bytes on one device, by formula.
 
-    Arguments are exact (weights by the rule table, adapters, optimizer state, the step's samples). Temporaries: the
-    inputs that remat keeps of every block, one block's backward pass, two layers of fetched weights, one gradient; for
-    the rollout one block's forward pass and one decoded picture.
+    Arguments are those of ``held``. Temporaries: the inputs that remat keeps of every block, one block's backward pass,
+    two layers of fetched weights, one gradient; for the rollout one block's forward pass and one decoded picture.
     """
     sizes, shape = dict(candidate.sizes), editor.transformer.config
-    mesh = _Sizes(sizes)
-    abstract = abstract_of(editor)
-    whole, local = _weights(abstract["transformer"], mesh)
-    _, other = _weights({k: v for k, v in abstract.items() if k != "transformer"}, mesh)
-    rank = workload.lora.rank
-    # An adapter of rank r on every linear layer of a block: r (in + out); q, k, v, o and two MLP layers.
-    adapter = 4.0 * rank * shape.num_blocks * (4 * 2 * shape.hidden + 2 * (shape.hidden + shape.mlp_hidden))
+    whole, _ = weights(abstract_of(editor)["transformer"], candidate)
+    arguments = sum(held(workload, candidate, phase)[0].values())
     width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
     length = tokens(workload, editor)
     per_width = candidate.per_shard * length / sizes["context"] * shape.hidden * width
@@ -181,16 +135,12 @@ def formula_memory(workload: Workload, editor: Editor, candidate: Candidate, pha
     if phase == "rollout":
         pixels = workload.config.data.resolution**2
         block = per_width * TRAFFIC_WIDTHS / 2 / sizes["tensor"]
-        return _summed(local + other + adapter, max(block + fetched, DECODE_BYTES * pixels))
-    copies = 4 + (workload.algorithm.ema_decay > 0)  # trained, old, two moments
-    states = copies * adapter / (sizes["fsdp"] if candidate.adapters == "sharded" else 1)
-    grid = editor.grid(workload.config.data.resolution, workload.config.data.resolution)
-    text = workload.text_tokens() * shape.joint_attention_dim * width
-    rows = workload.samples / candidate.shards * (2 * 4.0 * grid.tokens * editor.token_channels + text)
+        return _summed(arguments, max(block + fetched, DECODE_BYTES * pixels))
     kept = shape.num_blocks * per_width * (1 + KEPT_WIDTHS[candidate.remat] / sizes["tensor"])
     if candidate.remat == "offload":
         kept = 2 * per_width
-    return _summed(local + other + states + rows, kept + BLOCK_WIDTHS * per_width / sizes["tensor"] + fetched + adapter)
+    gradient = adapter_bytes(workload, editor)
+    return _summed(arguments, kept + BLOCK_WIDTHS * per_width / sizes["tensor"] + fetched + gradient)
 
 
 def _summed(arguments: float, temporaries: float) -> dict[str, float]:
@@ -212,7 +162,7 @@ def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, p
     one reduction of adapter gradients over all axes that split samples or tokens."""
     cfg, steps, sizes = workload.algorithm, workload.config.rollout.steps, dict(candidate.sizes)
     shape = editor.transformer.config
-    whole, _ = _weights(abstract_of(editor)["transformer"], _Sizes(sizes))
+    whole, _ = weights(abstract_of(editor)["transformer"], candidate)
     width = 2 if editor.transformer.dtype == jax.numpy.bfloat16 else 4
     passes = steps
     if phase == "train":
@@ -229,16 +179,14 @@ def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, p
     runs = math.ceil(workload.samples / candidate.batch) * passes
     out = {axis: runs * size for axis, size in per_pass.items()} | {DATA: 0.0}
     if phase == "train":
-        gradient = 4.0 * workload.lora.rank * shape.num_blocks
-        gradient *= 8 * shape.hidden + 2 * (shape.hidden + shape.mlp_hidden)
         for axis in (DATA, FSDP):
-            out[axis] += 2 * gradient * others[axis]
+            out[axis] += 2 * adapter_bytes(workload, editor) * others[axis]
     return out
 
 
 def by_formula(workload: Workload, candidate: Candidate, topology: Topology, phase: str) -> dict[str, Any]:
     """A phase of a row, without a compiler."""
-    editor = workload.editor(candidate.remat, "xla", candidate.quantize_in(phase))
+    editor = planned_editor(workload, candidate, phase)
     used = formula_memory(workload, editor, candidate, phase)
     exchanged = formula_exchange(workload, editor, candidate, phase)
     return {

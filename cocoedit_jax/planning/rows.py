@@ -13,6 +13,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.models.quantize import phase_formats
 from cocoedit_jax.planning import predict
 from cocoedit_jax.planning.compiler import PHASES, Cache, compile_phase, load_topology, phase_key
+from cocoedit_jax.planning.held import planned_editor, with_beside
 from cocoedit_jax.planning.topology import Topology
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.reporting.telemetry import progress
@@ -44,25 +45,16 @@ def _per_step(found: dict[str, Any], batches: int) -> dict[str, dict[str, float]
 def predicted_phase(
     workload: Workload, candidate: Candidate, topology: Topology, phase: str, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """A phase of a planned row: what was ``found`` of its memory and exchanges, and the roofline of them."""
-    out = dict(found)
+    """A phase of a planned row: what was ``found`` of its memory and exchanges, what lies beside it, and the
+    roofline."""
     available = found.get("available") or topology.chip.hbm
-    out["available"] = available
-    beside = predict.base_beside(workload, candidate, phase)
-    if beside and out.get("need") is not None:
-        out["need"] += beside
-        out["fits"] = out["fits"] and out["need"] <= available
-        if "memory" in out:
-            held = {name: out["memory"][name] + beside for name in ("arguments", "total")}
-            out["memory"] = {**out["memory"], **held}
-    if out.get("need") is not None and not out["fits"]:
-        out["over"] = max(0.0, out["need"] - available)
+    out = with_beside(found, workload, candidate, phase, available) | {"available": available}
     if not out["fits"]:
         return out
     executions = math.ceil(workload.samples / candidate.batch) if phase == "rollout" else 1
     out["collectives"] = _per_step(found, executions)
     exchanged = found.get("exchanged", sum(c["bytes"] for c in out["collectives"].values()))
-    editor = workload.editor(candidate.remat, "xla", candidate.quantize_in(phase))
+    editor = planned_editor(workload, candidate, phase)
     # Shares of samples that do not fill up: their devices compute all the same.
     filled = math.ceil(workload.samples / candidate.batch) * candidate.batch / workload.samples
     flops = predict.executed_flops(workload, editor, candidate.remat)[phase] * filled

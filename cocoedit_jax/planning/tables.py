@@ -9,15 +9,17 @@ GIB = 2**30
 _GROUPS = {"all-gather": "AG", "all-reduce": "AR", "reduce-scatter": "RS", "all-to-all": "A2A",
            "collective-permute": "CP", "collective-broadcast": "CB"}  # fmt: skip
 LEGEND = (
-    "GiB per device: arguments + what is beyond them, of each phase; against what a program may use. Exchange: GiB "
-    "that one device sends per step, and how often (AG all-gather, AR all-reduce, RS reduce-scatter, A2A all-to-all, "
-    "CP collective-permute)."
+    "GiB per device of each phase: arguments of its program + what is beyond them + what the run holds beside them "
+    "(adapters' training state while it samples, encoders, the step's samples, a base of another format); against what "
+    "a program may use. Exchange: GiB that one device sends per step, and how often (AG all-gather, AR all-reduce, RS "
+    "reduce-scatter, A2A all-to-all, CP collective-permute)."
 )
 MEASURED = (
     "Seconds per step: median and quartiles of rounds in which all rows take turns; random weights. A step's rollout "
     "is timed by one of its batches, its training by at most {micro_batches} micro-batches, in proportion. GiB per "
-    "device: arguments + what is beyond them, by the compiler's plan; peak: what the device says, where no row before "
-    "needed more. Compile (kept): read from --xla_cache. MFU by formula, of {peak_source}."
+    "device: arguments + what is beyond them, by the compiler's plan, + what a run holds beside them, by formula; "
+    "peak: of the program alone, as the device says, where no row before needed more. Compile (kept): read from "
+    "--xla_cache. MFU by formula, of {peak_source}."
 )
 PREDICTED = (
     "Seconds are predictions: the roofline of data-sheet peaks, the largest of arithmetic, memory traffic and "
@@ -69,13 +71,14 @@ def verdict(row: Row) -> str:
 
 
 def memory_text(phase: Mapping[str, object] | None) -> str:
-    """``arguments + temporaries`` or the need, in GiB."""
+    """``arguments + temporaries + beside`` or the need, in GiB."""
     if not phase:
         return "-"
     used, need = phase.get("memory"), phase.get("need")
     if isinstance(used, Mapping):
-        beyond = used["total"] - used["arguments"]
-        return f"{_gib(used['arguments'])} + {_gib(beyond)}"
+        beside = used.get("beside", 0.0)
+        beyond = used["total"] - used["arguments"] - beside
+        return " + ".join(map(_gib, (used["arguments"], beyond, beside)))
     return f"needs {_gib(need)}" if isinstance(need, float | int) else "-"
 
 

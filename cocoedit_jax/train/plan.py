@@ -123,7 +123,7 @@ def _abstract_batch(editor: Editor, grid: Grid, cfg: NFTConfig, shape: StepShape
     )
 
 
-def _prepared(editor: Editor, shape: StepShape) -> tuple[Editor, Grid, np.ndarray]:
+def prepared(editor: Editor, shape: StepShape) -> tuple[Editor, Grid, np.ndarray]:
     """The editor as it is trained on pictures of ``shape``, their grid and the sampler's sigmas."""
     grid = editor.grid(shape.height, shape.width)
     sigmas = editor.sigmas(shape.sampler_steps, grid)
@@ -146,7 +146,7 @@ def lower_step(
     Raises:
         ValueError: a picture size that does not divide.
     """
-    editor, grid, sigmas = _prepared(editor, shape)
+    editor, grid, sigmas = prepared(editor, shape)
     step = make_train_step(
         editor, grid, sigmas, cfg, lora_cfg, make_optimizer(3e-4, 1e-4, 1.0), mesh,
         sharded_adapters=shape.sharded_adapters,
@@ -173,7 +173,7 @@ def lower_rollout(editor: Editor, lora_cfg: lora.LoraConfig, shape: StepShape, m
     Raises:
         ValueError: a picture size that does not divide.
     """
-    editor, grid, sigmas = _prepared(editor, shape)
+    editor, grid, sigmas = prepared(editor, shape)
     params, rows = sharded_shapes(editor.abstract(), mesh), _Shapes(mesh, shape.rollout_batch)
     adapter = jax.eval_shape(lambda key: lora.init_adapter(key, params["transformer"], lora_cfg), jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), shape.rollout_batch))

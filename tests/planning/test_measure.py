@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from cocoedit_jax.planning import measure, rows, tables
+from cocoedit_jax.planning.held import held
 from cocoedit_jax.planning.measure import HeldBase, Program, fill, measured_rows
 from cocoedit_jax.planning.workload import Workload, choose_candidates
 from cocoedit_jax.sharding.mesh import make_mesh, replicated
@@ -42,7 +43,12 @@ def test_rows_of_the_devices_present(workload):
         found = fits["phases"][phase]
         assert found["measured"]["samples"] == 2 and found["compile_seconds"] > 0
         assert found["measured"]["q1"] <= found["measured"]["median"] <= found["measured"]["q3"]
-        assert found["need"] == found["memory"]["total"] > found["memory"]["arguments"] > 0
+        memory = found["memory"]
+        assert found["need"] == memory["total"] > memory["arguments"] + memory["beside"]
+        # What is planned by formula is what the compiler takes.
+        arguments, beside = held(workload, candidates(workload, [1])[0], phase)
+        assert sum(arguments.values()) == pytest.approx(memory["arguments"], rel=0.01)
+        assert sum(beside.values()) == memory["beside"]
     seconds = sum(fits["phases"][p]["measured"]["median"] for p in fits["phases"])
     assert fits["samples_per_second"] == pytest.approx(16 / seconds)
     assert not exhausted["fits"] and exhausted["phases"]["train"]["need"] == 24 * 2**30
@@ -81,8 +87,20 @@ def test_programs_take_turns_and_what_is_known_is_told(workload, monkeypatch):
     # Only those that nobody before needed as much as are known to be a program's own.
     assert [[p.get("peak") for p in row["phases"].values()] for row in found] == [[9, None], [20, None]]
     table = tables.text_table(found)
-    assert found[0]["phases"]["train"]["need"] == 11 and "peak GiB" in table and "3.0 (kept)" in table
+    train = found[0]["phases"]["train"]
+    assert train["need"] == 11 + train["memory"]["beside"] and "peak GiB" in table and "3.0 (kept)" in table
+    rollout = found[0]["phases"]["rollout"]
+    assert rollout["need"] == 9 + rollout["memory"]["beside"] - rollout["held_beside"]["encoders"]
     assert found[1]["phases"]["rollout"]["measured"] == {"median": 4, "q1": 4, "q3": 4, "samples": 3}
+
+
+def test_a_row_without_room_for_what_a_run_holds_beside_it_does_not_fit(workload, monkeypatch):
+    beside = [sum(held(workload, c, "rollout")[1].values()) for c in candidates(workload, [1])]
+    monkeypatch.setattr(measure, "memory_limit", lambda devices: 11 + beside[0] - 1)
+    Fake.calls.clear()
+    (found,) = measured_rows(workload, candidates(workload, [1]), repeats=2, micro_batches=3, program=Fake)
+    assert not found["fits"] and found["phases"]["train"]["fits"] and found["phases"]["rollout"]["over"] == 1
+    assert Fake.calls.count((1, "rollout")) == 1  # it is not timed
 
 
 def test_a_program_that_runs_out_of_memory_later_is_a_row_and_the_others_go_on(workload, monkeypatch):

@@ -67,3 +67,22 @@ def test_precomputed_modulation_is_not_held():
         (replicated,) = choose_candidates(some, 8, layouts=["replicated"], per_shard=[1])
         base.append(held.held(some, replicated, "train")[0]["base"])
     assert base == [27_208_612_992 + 44_359_720, 40_860_802_176]
+
+
+# GiB of arguments that libtpu 0.0.42.1 plans for a chip of v5e:4x4, step and rollout batch (benchmarks/RESULTS.md).
+COMPILED = [
+    (flux_kontext, 512, 2.20, 1.77),
+    (flux_kontext, 1024, 2.23, 1.77),
+    (qwen_image_edit, 512, 3.08, 2.08),
+    (qwen_image_edit, 1024, 3.11, 2.09),
+]
+
+
+@pytest.mark.parametrize("module, pixels, train, rollout", COMPILED)
+def test_arguments_are_those_that_the_compiler_plans(module, pixels, train, rollout):
+    config = module.get_config()
+    config.data.resolution = pixels
+    some = Workload.of(config)
+    for phase, expected in (("train", train), ("rollout", rollout)):
+        arguments, _ = held.held(some, candidate(some), phase)
+        assert sum(arguments.values()) / 2**30 == pytest.approx(expected, abs=0.015)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cocoedit_jax.data.archives import Archive, Member, find_archives, find_by_suffix, open_archive, unpack
 from cocoedit_jax.data.prepare import resume_folder
-from cocoedit_jax.data.records import METADATA, Record, read_metadata, summarize
+from cocoedit_jax.data.records import METADATA, Record, metadata_lines, read_metadata, summarize
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 
@@ -83,8 +83,7 @@ def unpack_cocoedit(source: Path | str, out: Path | str, *, partial: bool = Fals
 
                 unpack(archive, target, done=done)
         keep = {record.line for record in complete} | {fault.line for fault in faults}
-        lines = (source / METADATA).read_bytes().splitlines(keepends=True)
-        chosen = [line for number, line in enumerate(lines, start=1) if number in keep]
+        chosen = [line for number, line in enumerate(metadata_lines(source), start=1) if number in keep]
         (folder / METADATA).write_bytes(b"".join(chosen))
 
     resume_folder(out, fill, overwrite=overwrite)

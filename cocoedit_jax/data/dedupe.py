@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cocoedit_jax.data.duplicates import THRESHOLD, find_duplicates, fingerprints, same_picture
 from cocoedit_jax.data.prepare import place_file, write_folder
-from cocoedit_jax.data.records import METADATA, TEXT_CACHE, read_metadata, summarize
+from cocoedit_jax.data.records import METADATA, TEXT_CACHE, bare_line, metadata_lines, read_metadata, summarize
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 
@@ -44,7 +44,7 @@ def dedupe_folder(
     hashes = [found.sha256 for found in prints if found is not None]
     # Only where bytes differ: equal files are known to be one source anyway.
     several = {root for index, root in enumerate(first) if hashes[index] != hashes[root]}
-    lines = (source / METADATA).read_bytes().splitlines()
+    lines = list(metadata_lines(source))
 
     def fill(folder: Path) -> None:
         with (folder / METADATA).open("wb") as metadata, (folder / DUPLICATES).open("w") as left:
@@ -54,7 +54,7 @@ def dedupe_folder(
                     gone = {"line": record.line, "id": record.id, "of_line": records[other.of].line}
                     left.write(json.dumps(gone | {"of_id": records[other.of].id, "exact": other.exact}) + "\n")
                     continue
-                line = lines[record.line - 1].removeprefix(b"\xef\xbb\xbf").strip()
+                line = bare_line(lines[record.line - 1])
                 if first[index] in several and "source_group" not in record.extra:
                     fields = json.loads(line) | {"source_group": hashes[first[index]]}
                     line = json.dumps(fields, ensure_ascii=True).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from cocoedit_jax.data.packed import PACK, Pack, PackPart, is_packed, pack_entry, write_header
 from cocoedit_jax.data.prepare import write_folder
-from cocoedit_jax.data.records import METADATA, TEXT_CACHE, Fault, Record, read_metadata, summarize
+from cocoedit_jax.data.records import (
+    METADATA,
+    TEXT_CACHE,
+    Fault,
+    Record,
+    bare_line,
+    metadata_lines,
+    read_metadata,
+    summarize,
+)
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 
@@ -33,7 +43,9 @@ def pack_folder(source: Path | str, out: Path | str, *, part_bytes: int = PART_B
         raise UserError(f"{source}: is packed already")
     usable: list[Record] = []
     for record in records:
-        gone = [str(path) for path in (record.image, record.mask) if not path.is_file()]
+        gone = [
+            str(path) for path in (record.image, record.mask) if not os.path.isfile(path)
+        ]  # false also for names that no disk takes
         if gone:
             faults.append(Fault(record.line, "missing file", f"{' and '.join(gone)} does not exist"))
         else:
@@ -41,8 +53,8 @@ def pack_folder(source: Path | str, out: Path | str, *, part_bytes: int = PART_B
     faults.sort(key=lambda fault: fault.line)
     if not usable:
         raise UserError(summarize(source, 0, faults) if faults else f"{source / METADATA}: empty file")
-    lines = (source / METADATA).read_bytes().splitlines()
-    kept = [lines[record.line - 1].removeprefix(b"\xef\xbb\xbf").strip() for record in usable]
+    lines = list(metadata_lines(source))
+    kept = [bare_line(lines[record.line - 1]) for record in usable]
 
     def fill(folder: Path) -> None:
         (folder / PACK).mkdir()
@@ -56,6 +68,9 @@ def pack_folder(source: Path | str, out: Path | str, *, part_bytes: int = PART_B
                 if pack.read(position) != expected:
                     raise UserError(f"{source}: line {record.line} changed while it was packed; try again")
                 bar.update(1)
+        written, _ = read_metadata(folder)
+        if [record.id for record in written] != [record.id for record in usable]:
+            raise UserError(f"{source / METADATA}: the packed lines are read as other records; try again")
         if (source / TEXT_CACHE).is_dir():
             shutil.copytree(source / TEXT_CACHE, folder / TEXT_CACHE)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -106,6 +106,19 @@ def read_metadata(root: Path | str) -> tuple[list[Record], list[Fault]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a data folder holds {METADATA} and the images and masks it names")
     return _parse(root, path)
+
+
+def metadata_lines(root: Path) -> Iterator[bytes]:
+    """The lines of DIR/metadata.jsonl with their ends, as `Record.line` counts them from 1. Only a newline ends a line:
+    JSON may hold lone carriage returns, which `bytes.splitlines` and text files also end lines at.
+    """
+    with (root / METADATA).open("rb") as file:
+        yield from file
+
+
+def bare_line(line: bytes) -> bytes:
+    """What stands on a line of `metadata_lines`, without byte order mark and white space."""
+    return line.removeprefix(b"\xef\xbb\xbf").strip()
 
 
 def read_records(
@@ -222,26 +235,25 @@ def _parse(root: Path, path: Path) -> tuple[list[Record], list[Fault]]:
     first_line: dict[str, int] = {}
     resolved = root.resolve()
     pack = Pack(root, path) if is_packed(root) else None
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                # The first line may carry a byte order mark; blank lines (a trailing newline) are no records.
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                record = _parse_line(root, resolved, text, number)
-            except UnicodeDecodeError as error:
-                faults.append(Fault(number, "broken JSON", f"not UTF-8 text ({error.reason} at byte {error.start})"))
+    for number, raw in enumerate(metadata_lines(root), start=1):
+        try:
+            # The first line may carry a byte order mark; blank lines (a trailing newline) are no records.
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not text:
                 continue
-            except DataFault as fault:
-                faults.append(Fault(number, fault.kind, str(fault)))
-                continue
-            if record.id in first_line:
-                where = first_line[record.id]
-                faults.append(Fault(number, "duplicate id", f"id {record.id!r} was used on line {where}"))
-                continue
-            first_line[record.id] = number
-            records.append(replace(record, pack=pack) if pack is not None else record)
+            record = _parse_line(root, resolved, text, number)
+        except UnicodeDecodeError as error:
+            faults.append(Fault(number, "broken JSON", f"not UTF-8 text ({error.reason} at byte {error.start})"))
+            continue
+        except DataFault as fault:
+            faults.append(Fault(number, fault.kind, str(fault)))
+            continue
+        if record.id in first_line:
+            where = first_line[record.id]
+            faults.append(Fault(number, "duplicate id", f"id {record.id!r} was used on line {where}"))
+            continue
+        first_line[record.id] = number
+        records.append(replace(record, pack=pack) if pack is not None else record)
     return records, faults
 
 

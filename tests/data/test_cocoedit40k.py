@@ -62,6 +62,16 @@ def test_unpacked_folder_is_what_training_reads(release, tmp_path):
     unpack_cocoedit(release, tmp_path / "out", overwrite=True)
 
 
+def test_only_a_newline_ends_a_line(release, tmp_path):
+    for piece in release.glob("images_part2.zip_*"):
+        piece.unlink()
+    lines = (release / "metadata.jsonl").read_bytes().splitlines()
+    (release / "metadata.jsonl").write_bytes(b"".join(line + b"\r\r\n" for line in lines))
+    unpack_cocoedit(release, tmp_path / "out", partial=True)
+    found = read_records(tmp_path / "out", Framing(16))
+    assert [record.prompt for record in found.records] == [f"edit {n}" for n in range(3)]
+
+
 def test_it_goes_on_where_it_was_stopped(release, tmp_path, monkeypatch):
     calls = []
 

@@ -11,6 +11,7 @@ from cocoedit_jax.data import duplicates
 from cocoedit_jax.data.dedupe import dedupe_folder
 from cocoedit_jax.data.duplicates import Fingerprint, dhash, find_duplicates, fingerprints, same_picture
 from cocoedit_jax.data.images import Framing
+from cocoedit_jax.data.prepare import write_scenes
 from cocoedit_jax.data.records import read_records, split_records
 from cocoedit_jax.errors import UserError
 
@@ -133,6 +134,14 @@ def test_a_folder_without_repeated_records(photos, tmp_path):
     (root / "images/chelsea.png").write_bytes(b"broken")
     with pytest.raises(UserError, match="2 pictures cannot be read, on lines"):
         dedupe_folder(root, tmp_path / "other")
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    root = write_scenes(tmp_path / "data", 3, size=32)
+    lines = (root / "metadata.jsonl").read_bytes().splitlines()
+    (root / "metadata.jsonl").write_bytes(b"".join(line + b"\r\r\n" for line in lines))
+    assert dedupe_folder(root, tmp_path / "out", threshold=None).startswith("3 of 3 records")
+    assert (tmp_path / "out/metadata.jsonl").read_bytes().splitlines() == lines
 
 
 def test_brighter_is_not_another_picture(tmp_path):

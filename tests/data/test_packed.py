@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cocoedit_jax.data import pack_writer
 from cocoedit_jax.data.images import Framing
 from cocoedit_jax.data.pack_writer import pack_folder
 from cocoedit_jax.data.packed import Pack
@@ -72,6 +73,38 @@ def test_lines_that_cannot_be_used_are_left_out(folder, tmp_path):
     assert [r.line for r in found.records] == [1, 2, 3, 4, 5, 6] and found.faults == ()
     expected = [json.loads(line)["id"] for line in lines[:3] + lines[4:]]
     assert [record.id for record in found.records] == expected
+
+
+def test_only_a_newline_ends_a_line(folder, tmp_path):
+    """Carriage returns before it, and alone between the fields, are white space of JSON."""
+    lines = (folder / "metadata.jsonl").read_bytes().splitlines()
+    lines[2] = lines[2].replace(b", ", b",\r", 1)
+    (folder / "metadata.jsonl").write_bytes(b"".join(line + b"\r\r\n" for line in lines))
+    expected = [json.loads(line)["id"] for line in lines]
+    assert pack_folder(folder, tmp_path / "packed").startswith("7 records packed in")
+    found = read_records(tmp_path / "packed", Framing(16))
+    assert [record.id for record in found.records] == expected
+    for record in found.records:
+        assert record.files()[0].read_bytes() == record_image(folder, lines[record.line - 1])
+
+
+def record_image(folder, line):
+    return (folder / json.loads(line)["image"]).read_bytes()
+
+
+def test_what_was_packed_is_what_was_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_writer, "metadata_lines", lambda root: (root / "metadata.jsonl").read_bytes().splitlines())
+    lines = (folder / "metadata.jsonl").read_bytes().splitlines()
+    (folder / "metadata.jsonl").write_bytes(b"".join(line + b"\r\r\n" for line in lines))
+    with pytest.raises(UserError, match="the packed lines are read as other records"):
+        pack_folder(folder, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+
+
+def test_a_name_that_no_disk_takes_is_left_out(folder, tmp_path):
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "p", "image": "a" * 300, "mask": "b" * 300}) + "\n")
+    assert "line 8: missing file" in pack_folder(folder, tmp_path / "packed")
 
 
 def test_damage_is_named(folder, tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from cocoedit_jax.annotation import boxes, mask_ops, pictures
 from cocoedit_jax.annotation.prompts import Prompts
-from cocoedit_jax.annotation.record import SCORE_NAMES, Annotation
+from cocoedit_jax.annotation.record import SCORE_NAMES, Annotation, to_line
 from cocoedit_jax.annotation.segmenters import Segmenter
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.data.duplicates import Fingerprint, fingerprint
@@ -63,7 +63,7 @@ def load(annotation: Annotation) -> Annotation:
     try:
         found = fingerprint(path)
         size = load_image(path).size
-    except DataFault as fault:
+    except (DataFault, OSError) as fault:  # the latter: removed since it was decoded
         return annotation.dead("unreadable_image", str(fault))
     text = f"{found.sha256}:{found.dhash:016x}:{found.thumbnail.tobytes().hex()}"
     return replace(annotation, size=size, attributes={**annotation.attributes, "fingerprint": text}, stage="load")
@@ -85,7 +85,8 @@ def take(stage: str, annotation: Annotation, replies: Mapping[str, ChatReply], r
     """The annotation after a stage, from successful replies to all questions of `ask`."""
     try:
         after = _TAKE[stage](annotation, replies, rules)
-    except ValueError as error:
+        to_line(after).encode()  # JSON may hold half a surrogate pair, which no file of ours can
+    except (ValueError, ArithmeticError, RecursionError) as error:
         said = next((reply.text for reply in replies.values() if reply.text), "")
         return annotation.dead("unparsed_reply", f"{stage}: {error}; the answer: {said[:_MAX_SAID]!r}")
     return replace(after, stage=stage) if after.status == "pending" else after

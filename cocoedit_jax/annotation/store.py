@@ -217,7 +217,7 @@ class Store:
 
 
 def check_items(items: Sequence[Item]) -> None:
-    """Raises UserError for no items at all, and for an id that is there twice."""
+    """Raises UserError for no items at all, for an id that is there twice, and for texts that no file can hold."""
     if not items:
         raise UserError("--input: no items in it; expected at least one picture with an instruction")
     seen: dict[str, int] = {}
@@ -225,6 +225,10 @@ def check_items(items: Sequence[Item]) -> None:
         if item.id in seen:
             raise UserError(f"--input: id {item.id!r} of item {number} is that of item {seen[item.id]} too")
         seen[item.id] = number
+        try:
+            to_line(Annotation(item)).encode()
+        except ValueError as error:  # half a surrogate pair, as in names of files that are not UTF-8; NaN
+            raise UserError(f"--input: item {number}, {ascii(item.id)}, cannot be written: {error}") from error
 
 
 def _lines(annotations: Iterable[Annotation]) -> bytes:

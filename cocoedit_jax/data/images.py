@@ -172,15 +172,17 @@ def _load_upright(path: ImageFile) -> tuple[Image.Image, Image.Transpose | None,
 @contextmanager
 def _opened(path: ImageFile, role: str) -> Iterator[Image.Image]:
     """Open and fully decode. Pillow's decoders raise errors of many types on damaged files, hence the broad clause."""
-    if not path.is_file():
-        raise DataFault("missing file", f"{role} {path} does not exist")
     try:
+        if not path.is_file():  # raises where a folder may not be entered, or no disk takes the name
+            raise DataFault("missing file", f"{role} {path} does not exist")
         with Image.open(path if isinstance(path, Path) else io.BytesIO(path.read_bytes())) as file:
             check_scans(file)
             file.load()
             yield file
     except TooManyScans as error:
         raise DataFault("too many scans", f"{role} {path}: {error}") from error
+    except DataFault:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataFault("image too large", f"{role} {path}: {error}") from error
     except Exception as error:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cocoedit_jax.annotation.record import Item
 from cocoedit_jax.annotation.run import find_items
 from cocoedit_jax.annotation.sources import FORMATS, detect, omniedit, read_items, release, unpack_source
 from cocoedit_jax.annotation.sources.omniedit import unpack_omniedit
+from cocoedit_jax.annotation.store import check_items
 from cocoedit_jax.data.records import record_id
 from cocoedit_jax.errors import UserError
 
@@ -73,6 +75,15 @@ def test_faulty_lines_are_named_together(tmp_path):
     many = lines(tmp_path / "many.jsonl", *["{"] * 30)
     with pytest.raises(UserError, match=r"30 of 30 cannot be used(?s:.*)\.\.\. and 10 more"):
         read_items(many)
+
+
+def test_what_no_file_of_ours_can_hold_is_the_lines_own_fault(tmp_path):
+    good = {"image": "a.png", "prompt": "p", "edit_type": "add"}
+    rows = [good | {"edit_type": "\ud800"}, good | {"note": ["\ud800"]}, good | {"note": float("nan")}, good]
+    with pytest.raises(UserError, match="3 of 4 cannot be used:\n  line 1: (?s:.*)line 2: (?s:.*)line 3: Out of range"):
+        read_items(lines(tmp_path / "list.jsonl", *rows))
+    with pytest.raises(UserError, match=r"item 2, 'b\\udcff', cannot be written: 'utf-8' codec"):
+        check_items([Item("a", "a.png", "p"), Item("b\udcff", "b.png", "p")])
 
 
 def test_a_folder_with_text_files(tmp_path):

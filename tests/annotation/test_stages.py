@@ -152,6 +152,26 @@ def test_the_rewritten_instruction(rules):
     assert stages.final_prompt(after, keep) == "make the cup red"
 
 
+HALF = "\\ud83d"  # of a surrogate pair, as JSON may hold it
+
+
+@pytest.mark.parametrize(
+    "stage, answer",
+    [
+        ("box", f'[{{"bbox_2d": [200, 100, 300, 200], "label": "cup {HALF}"}}]'),
+        ("box", f"[{'9' * 400}, 0, 10, 10]"),
+        ("box", "[" * 100_000),
+        ("rewrite", f'{{"instruction": "make it red {HALF}"}}'),
+        ("rewrite", f'{{"instruction": "make it red", "target": "{HALF}"}}'),
+    ],
+)
+def test_an_answer_that_cannot_be_kept_is_a_dead_letter(rules, stage, answer):
+    before = {"box": replace(start("color"), stage="classify"), "rewrite": replace(boxed("color"), stage="mask")}
+    after = take(stage, before[stage], says(answer), rules)
+    assert (after.status, after.reason) == ("dead", "unparsed_reply") and answer[:20] in after.detail
+    to_line(after).encode()
+
+
 def digits(**p):
     others = (TokenLogprob(letter, -9999.0) for letter in "ABCDE")
     return ((*(TokenLogprob(token.removeprefix("d"), math.log(q)) for token, q in p.items()), *others),)

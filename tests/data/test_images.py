@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cocoedit_jax.data.images import DataFault, Framing, crop_box, load_pair, make_buckets, nearest_bucket
+from cocoedit_jax.data.images import DataFault, Framing, crop_box, load_image, load_pair, make_buckets, nearest_bucket
 from cocoedit_jax.errors import UserError
 
 
@@ -144,3 +144,15 @@ def test_mask_modes(tmp_path, mode):
     pixels, edit_mask, _ = load_pair(image, tmp_path / "m.png", Framing(16))
     np.testing.assert_array_equal(edit_mask, np.repeat([[0.0] * 8 + [1.0] * 8], 16, axis=0))
     np.testing.assert_allclose(pixels, 40000 / 65535, atol=0.003)
+
+
+@pytest.mark.parametrize("error", [OSError(36, "File name too long"), PermissionError(13, "Permission denied")])
+def test_a_path_that_cannot_be_looked_at_is_the_records_own_fault(tmp_path, monkeypatch, error):
+    def refuse(self):
+        raise error  # root, as which tests may run, can enter every folder
+
+    if isinstance(error, PermissionError):
+        monkeypatch.setattr(type(tmp_path), "is_file", refuse)
+    with pytest.raises(DataFault, match=error.strerror) as fault:
+        load_image(tmp_path / ("a" * 300 + ".png"))
+    assert fault.value.kind == "unreadable image"

@@ -61,7 +61,8 @@ def _item(data: Any, folder: Path) -> Item:
     for name in ("image", "prompt"):
         if not isinstance(data.get(name), str) or not data[name].strip() or "\0" in data[name]:
             raise ValueError(f"field {name!r} is {data.get(name)!r}, expected a non-empty text")
-        data[name].encode()  # JSON may hold half a surrogate pair, UTF-8 cannot
+    # JSON as it is read may hold half a surrogate pair, which UTF-8 cannot, and NaN, which we do not write.
+    json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     given = data.get("id")
     if isinstance(given, bool) or not isinstance(given, str | int | None) or given == "":
         raise ValueError(f"field 'id' is {given!r}, expected a text or a whole number")

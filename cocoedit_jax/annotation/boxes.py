@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +20,8 @@ CONVENTIONS: dict[str, float | None] = {"pixels": None, "relative-1000": 1000.0,
 # Part of the model's name -> convention.
 _KNOWN = {"qwen2.5-vl": "pixels", "qwen2-vl": "relative-1000", "qwen3-vl": "relative-1000", "internvl": "relative-1000"}
 PROBE_INSTRUCTION = "make the red square blue"
+_OPEN = re.compile(r"[\[{]")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.DOTALL)  # a text of JSON, whose brackets do not count, or a bracket
 _MIN_IOU = 0.5  # between the known square and the model's box, for a convention to be taken as right
 
 
@@ -30,14 +32,26 @@ def convention_of(model: str) -> str | None:
 
 
 def find_json(text: str) -> Any:
-    """The first JSON array or object in a model's answer, whatever stands around it. Raises ValueError."""
-    decoder = json.JSONDecoder()
-    for match in re.finditer(r"[\[{]", text):
+    """The first JSON array or object in a model's answer, whatever stands around it. What lies inside of brackets that
+    are no JSON, or are not closed, is only a part of an answer and is not taken for it. Raises ValueError.
+    """
+    decoder, start = json.JSONDecoder(), 0
+    while match := _OPEN.search(text, start):
         try:
             return decoder.raw_decode(text, match.start())[0]
-        except ValueError:
-            continue
+        except (ValueError, RecursionError):
+            start = _closed(text, match.start())
     raise ValueError(f"no JSON in the answer {text[:120]!r}")
+
+
+def _closed(text: str, start: int) -> int:
+    """Where the bracket at `start` is closed again; the end of `text` where it is not."""
+    depth = 0
+    for match in _TOKEN.finditer(text, start):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.end()
+    return len(text)
 
 
 def parse_boxes(text: str) -> list[tuple[list[float], str]]:
@@ -66,7 +80,7 @@ def _is_box(entry: Any) -> bool:
     return (
         isinstance(entry, list)
         and len(entry) == 4
-        and all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in entry)
+        and all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) <= sys.float_info.max for n in entry)
     )
 
 

@@ -31,6 +31,7 @@ STAGES = ("load", "classify", "box", "mask", "rewrite", "score")
 # The stages that ask a model, and their questions, one request each.
 QUESTIONS = {"classify": ("type",), "box": ("box",), "rewrite": ("rewrite",), "score": SCORE_NAMES}
 MODEL_STAGES = tuple(QUESTIONS)
+_WHOLE = ("box", "rewrite")  # whose answer has parts: of one that was cut off, some may be missing
 _MAX_SAID = 200  # letters of an answer that a dead letter repeats
 
 
@@ -84,6 +85,8 @@ def ask(stage: str, annotation: Annotation, shown: Shown | None, rules: Rules) -
 def take(stage: str, annotation: Annotation, replies: Mapping[str, ChatReply], rules: Rules) -> Annotation:
     """The annotation after a stage, from successful replies to all questions of `ask`."""
     try:
+        if stage in _WHOLE and any(reply.finish_reason == "length" for reply in replies.values()):
+            raise ValueError(f"cut off after config.{stage}.max_tokens={getattr(rules.settings, stage).max_tokens}")
         after = _TAKE[stage](annotation, replies, rules)
         to_line(after).encode()  # JSON may hold half a surrogate pair, which no file of ours can
     except (ValueError, ArithmeticError, RecursionError) as error:

@@ -104,6 +104,17 @@ def test_a_request_that_is_always_refused_does_not_hold_up_the_others(settings, 
     assert "9 records taken on, 0 without" in capsys.readouterr().out
 
 
+def test_an_answer_that_was_cut_off_is_a_dead_letter(settings, photos, tmp_path):
+    out = tmp_path / "out"
+    classified(settings, photos, out)
+    run.annotate(settings, out, emit_batch="box")
+    rows = [answer(line) for line in requests_of(out, "box")[1]]
+    rows[-1]["response"]["body"]["choices"][0]["finish_reason"] = "length"
+    run.annotate(settings, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])
+    dead = [a for n in range(6) for a in Store.open(out).read(n) if a.reason == "unparsed_reply"]
+    assert len(dead) == 1 and "cut off after config.box.max_tokens=512" in dead[0].detail
+
+
 def test_what_was_left_out_is_not_buried_with_what_was_refused(settings, photos, tmp_path):
     """Two records of one shard: one is refused as it is, the other one's reply is not there yet."""
     out = tmp_path / "out"

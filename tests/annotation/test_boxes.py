@@ -17,6 +17,8 @@ SQUARE = [476, 308, 616, 448]  # of the test picture at 28 px a cell, 840 x 560
         ("[[1, 2, 3, 4], [5, 6, 7, 8]]", [([1, 2, 3, 4], ""), ([5, 6, 7, 8], "")]),
         ('{"box": [1, 2, 3, 4]} {"box": [9, 9, 9, 9]}', [([1, 2, 3, 4], "")]),
         ("[]", []),
+        ('As [one] asks, {sic}: {"box": [1, 2, 3, 4]}', [([1, 2, 3, 4], "")]),
+        ('{"box": [1, 2, 3, 4], "label": "a ] or }"}', [([1, 2, 3, 4], "a ] or }")]),
         ('[{"bbox_2d": null}]', []),
     ],
 )
@@ -25,11 +27,35 @@ def test_answers(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no idea", "[1, 2, 3]", '[{"bbox_2d": [1, 2, 3, "4"]}]', '[{"label": "cup"}]', "[1, 2, NaN, 4]", "[[1"]
+    "text",
+    [
+        "",
+        "no idea",
+        "[1, 2, 3]",
+        '[{"bbox_2d": [1, 2, 3, "4"]}]',
+        '[{"label": "cup"}]',
+        "[1, 2, NaN, 4]",
+        "[[1",
+        "[" * 100_000,
+        "[1, 2, 3, 1" + "0" * 400 + "]",
+    ],
 )
 def test_answers_that_are_no_boxes(text):
     with pytest.raises(ValueError):
         boxes.parse_boxes(text)
+
+
+@pytest.mark.parametrize("label", ["a", "a ] or }", 'a \\"quoted\\" [one'])
+def test_part_of_an_answer_is_none(label):
+    """Wherever it is cut off: its first box must not stand for all."""
+    whole = f'Here: [{{"bbox_2d": [1, 2, 30, 40], "label": "{label}"}}, {{"bbox_2d": [50, 6, 90, 70]}}]'
+    assert len(boxes.parse_boxes(whole)) == 2
+    for end in range(len(whole)):
+        with pytest.raises(ValueError):
+            boxes.parse_boxes(whole[:end])
+    for text in ("[[1, 2, 30, 40], [50, 60", '{"bbox_2d": [1, 2, 30, 40], "lab', "[[1, 2, 30, 40], ...]"):
+        with pytest.raises(ValueError):
+            boxes.parse_boxes(text)
 
 
 def test_conventions():

@@ -172,6 +172,18 @@ def test_an_answer_that_cannot_be_kept_is_a_dead_letter(rules, stage, answer):
     to_line(after).encode()
 
 
+def test_an_answer_that_was_cut_off_is_none(rules):
+    """Also where what came is whole for itself."""
+    for stage, before, answer in (
+        ("box", replace(start("color"), stage="classify"), '{"bbox_2d": [200, 100, 300, 200]}'),
+        ("rewrite", replace(boxed("color"), stage="mask"), '{"instruction": "make it red"}'),
+    ):
+        assert take(stage, before, {stage: ChatReply("r", answer, None, "stop")}, rules).stage == stage
+        after = take(stage, before, {stage: ChatReply("r", answer, None, "length")}, rules)
+        assert (after.status, after.reason) == ("dead", "unparsed_reply")
+        assert f"cut off after config.{stage}.max_tokens=" in after.detail
+
+
 def digits(**p):
     others = (TokenLogprob(letter, -9999.0) for letter in "ABCDE")
     return ((*(TokenLogprob(token.removeprefix("d"), math.log(q)) for token, q in p.items()), *others),)

@@ -17,6 +17,16 @@ from cocoedit_jax.errors import UserError
 from launch import command
 
 _DEFAULT = str(Path(next(iter(configs.__path__))) / "annotate.py")
+
+
+class _Number(flags.FloatParser):
+    """A number, or None, which switches a threshold off."""
+
+    def parse(self, argument: str) -> float | None:
+        return None if argument == "None" else super().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(float, _Number())
 _CONFIG = config_flags.DEFINE_config_file("config", _DEFAULT, "Settings; every key is explained in the file.")
 _INPUT = flags.DEFINE_string("input", None, "JSONL file or folder with pictures and instructions; see the README.")
 _PROMPT = flags.DEFINE_string("prompt", None, "With a folder of pictures alone: the instruction for all of them.")

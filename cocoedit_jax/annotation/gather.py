@@ -82,7 +82,7 @@ def _gather(store: Store, settings: Settings) -> Outcome:
                 if chosen.status == "kept":
                     image = _place_image(store, chosen, settings)
                     images.add(image)
-                    row = _metadata(store, chosen, image, settings)
+                    row = _metadata(store, chosen, image)
                     if annotation.item.id in repeats.looks:
                         row.setdefault("source_group", repeats.looks[annotation.item.id])
                     files["kept"].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -155,13 +155,14 @@ def _ids(path: Path) -> Iterator[str]:
             yield json.loads(line)["id"]
 
 
-def _metadata(store: Store, annotation: Annotation, image: str, settings: Settings) -> dict[str, Any]:
+def _metadata(store: Store, annotation: Annotation, image: str) -> dict[str, Any]:
     """A line of metadata.jsonl. Further fields of the input stay, under their own names where these are free."""
-    item = annotation.item
+    # The plan of the run, which --refilter's own settings may differ from: only what was scored is published.
+    item, plan = annotation.item, store.manifest["plan"]
     said = {name: annotation.attributes.get(name) for name in ("target", "location", "attributes")}
     own = {
         "id": item.id,
-        "prompt": final_prompt(annotation, settings),
+        "prompt": final_prompt(annotation, plan["rewrite"]["use"]),
         "image": image,
         "mask": annotation.mask_file,
         "mask_semantics": "keep",
@@ -173,7 +174,7 @@ def _metadata(store: Store, annotation: Annotation, image: str, settings: Settin
         "mask_area": annotation.mask_area,
         "scores": annotation.scores,
         **{name: value for name, value in said.items() if value},
-        "annotated_by": store.manifest["plan"]["models"]["name"],
+        "annotated_by": plan["models"]["name"],
     }
     return {**{k: v for k, v in item.extra.items() if k not in own}, **own}
 

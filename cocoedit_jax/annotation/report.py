@@ -13,6 +13,7 @@ import random
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def write_report(
         *_preview(annotations, rules),
         *_examples(annotations, folder, examples, seed),
         *_audit(audited, folder),
-        _data_block(annotations, audited, folder, seed),
+        _data_block(annotations, audited, folder, seed, rules),
         f"<script>{script}</script>",
     ]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -263,7 +264,9 @@ def _audit(audited: Sequence[Annotation], folder: Path) -> list[str]:
     ]
 
 
-def _data_block(annotations: Sequence[Annotation], audited: Sequence[Annotation], folder: Path, seed: int) -> str:
+def _data_block(
+    annotations: Sequence[Annotation], audited: Sequence[Annotation], folder: Path, seed: int, rules: FilterSettings
+) -> str:
     scored = _scored(annotations)
     types = list(_by_type(scored))
     if len(scored) > MAX_ROWS:
@@ -275,6 +278,7 @@ def _data_block(annotations: Sequence[Annotation], audited: Sequence[Annotation]
         "type": [numbers[annotation.edit_type or "no type"] for annotation in scored],
         # Not rounded: the preview must count as the filter does.
         "columns": _columns(scored),
+        "thresholds": asdict(rules),
         "command": f"python -m launch.annotate --output={shlex.quote(str(folder))} --refilter",
         "audit_fields": fields,
         "audit": [

@@ -237,7 +237,10 @@ def _take_rewrite(annotation: Annotation, replies: Mapping[str, ChatReply], rule
 
 def _ask_scores(annotation: Annotation, shown: Shown | None, rules: Rules) -> dict[str, ChatRequest]:
     source, region = _both(annotation, shown, rules)
-    texts = {"instruction": final_prompt(annotation, rules.settings), "edit_type": annotation.edit_type or ""}
+    texts = {
+        "instruction": final_prompt(annotation, rules.settings.rewrite.use),
+        "edit_type": annotation.edit_type or "",
+    }
     requests = {}
     for name in SCORE_NAMES:
         # Clarity is asked without the marking, which would tell what is meant.
@@ -258,9 +261,9 @@ def _take_scores(annotation: Annotation, replies: Mapping[str, ChatReply], rules
     return replace(annotation, scores=scores, attributes={**annotation.attributes, "digit_mass": masses})
 
 
-def final_prompt(annotation: Annotation, settings: Settings) -> str:
-    """The instruction that goes into the data set."""
-    refined = annotation.refined_prompt if settings.rewrite.use else None
+def final_prompt(annotation: Annotation, use_rewritten: bool) -> str:
+    """The instruction that is scored and goes into the data set. use_rewritten: `rewrite.use` of the run."""
+    refined = annotation.refined_prompt if use_rewritten else None
     return refined or annotation.item.prompt
 
 

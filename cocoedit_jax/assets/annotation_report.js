@@ -18,7 +18,7 @@ function passes(index, rules) {
 
 function preview() {
   const rules = [];
-  const flags = [];
+  const chosen = { ...data.thresholds };
   for (const input of controls) {
     // Until it is moved, what was chosen, which a slider may only come near.
     const value = Number(input.dataset.moved ? input.value : input.dataset.start);
@@ -26,7 +26,7 @@ function preview() {
     document.getElementById(`value-${input.id}`).textContent = number(value);
     if (input.dataset.unused !== "yes") {
       rules.push([input.dataset.rule, low ? value : null, low ? null : value]);
-      flags.push(`--config.filter.${input.id}=${value}`);
+      chosen[input.id] = value;
     }
   }
   const counts = data.types.map(() => 0);
@@ -42,7 +42,11 @@ function preview() {
   data.types.forEach((_, index) => {
     document.getElementById(`passing-${index}`).textContent = counts[index];
   });
-  document.getElementById("refilter").textContent = `${data.command} ${flags.join(" ")}`;
+  document.getElementById("refilter").textContent = [
+    data.command,
+    // All of them: the command knows of no configuration file. No value here needs quotes in a shell.
+    ...Object.entries(chosen).map(([name, value]) => `--config.filter.${name}=${value === null ? "None" : value}`),
+  ].join(" ");
 }
 
 function move(input) {

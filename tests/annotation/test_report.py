@@ -6,8 +6,10 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +28,7 @@ from cocoedit_jax.errors import UserError
 RULES = check(configs.annotate.get_config().to_dict()).filter
 EVIL = '</script><script>document.title="evil"</script><img src=x onerror=alert(1)> "quoted" & \u2028 end'
 COUNT = 60
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +252,40 @@ def test_thresholds_in_a_browser(run, page, profile, tmp_path):
     count = sum(choose(annotation, other).status == "kept" for annotation in pending)
     assert shown.texts["passing"].startswith(f"{count} of 55 ") and count != len(kept)
     assert "--config.filter.min_clarity=0.55" in shown.texts["refilter"]
+
+
+def parsed_filter(flags):
+    """`config.filter` as launch.annotate reads it from a command line."""
+    code = (
+        "import json, sys; from absl import flags; from launch import annotate; flags.FLAGS(sys.argv);"
+        "print(json.dumps(annotate._CONFIG.value.filter.to_dict()))"
+    )
+    command = [sys.executable, "-c", code, *flags]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
+OTHER = dataclasses.replace(RULES, min_prominence=None, max_area=0.55, duplicates="exact", near_bits=2, near_colour=3.5)
+
+
+def test_every_threshold_can_be_given_again(run, tmp_path):
+    """Also those that no slider moves, and None: the report knows of no configuration file."""
+    (tmp_path / "scores.jsonl").write_bytes((run[0] / "scores.jsonl").read_bytes())
+    page = Page(write_report(tmp_path, OTHER, examples=0, audit=0).read_text(encoding="utf-8"))
+    thresholds = json.loads(page.texts["data"])["thresholds"]
+    flags = [f"--config.filter.{name}={value}" for name, value in thresholds.items()]
+    assert parsed_filter(["--output=x", *flags]) == dataclasses.asdict(OTHER)
+
+
+@needs_browser
+def test_the_command_in_a_browser(run, profile, tmp_path):
+    (tmp_path / "scores.jsonl").write_bytes((run[0] / "scores.jsonl").read_bytes())
+    path = write_report(tmp_path, OTHER, examples=0, audit=0)
+    for fragment, moved in (("", {}), ("#min_prominence=0.4&max_area=0.35", {"min_prominence": 0.4, "max_area": 0.35})):
+        shown = Page(browse(path, profile, "--dump-dom", fragment=fragment))
+        *start, output, refilter = shlex.split(shown.texts["refilter"])[:5]
+        assert start == ["python", "-m", "launch.annotate"] and refilter == "--refilter"
+        given = parsed_filter([output, *shlex.split(shown.texts["refilter"])[3:]])
+        assert given == dataclasses.asdict(OTHER) | moved
 
 
 @needs_browser

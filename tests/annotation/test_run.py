@@ -104,6 +104,20 @@ def test_choosing_again_needs_no_model(done, settings, monkeypatch, tmp_path, ph
     assert run.annotate(settings, out, refilter=True) == before and contents(out) == contents(folder)
 
 
+def test_choosing_again_publishes_what_was_scored(settings, photos, tmp_path):
+    """Whatever is set now: the scores are those of the instruction that the run chose."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(photos / "coffee.jpg", tmp_path / "in")
+    for use, published in ((False, "make it red"), (True, "make it red (")):
+        run_with, now = (replace(settings, rewrite=replace(settings.rewrite, use=on)) for on in (use, not use))
+        out = tmp_path / f"out-{use}"
+        finish(run_with, out, source=str(tmp_path / "in"), prompt="make it red")
+        before = lines(out / "metadata.jsonl")
+        assert finish(now, out, refilter=True).kept == 1
+        assert lines(out / "metadata.jsonl") == before
+        assert before[0]["prompt"].startswith(published) and ("(" in before[0]["prompt"]) == use
+
+
 def test_repeats_leave_the_best(settings, photos, tmp_path):
     """The same picture as another file, once with the same instruction, once with another."""
     folder = tmp_path / "in"

@@ -147,9 +147,8 @@ def test_the_rewritten_instruction(rules):
     assert (after.attributes["target"], after.attributes["location"]) == ("cup", "on the left")
     for answer in ("{}", '{"instruction": " "}', "Make it red", json.dumps({"instruction": "word " * 61})):
         assert take("rewrite", state, says(answer), rules).reason == "unparsed_reply"
-    assert stages.final_prompt(after, rules.settings) == "Make the blue cup red."
-    keep = replace(rules.settings, rewrite=replace(rules.settings.rewrite, use=False))
-    assert stages.final_prompt(after, keep) == "make the cup red"
+    assert stages.final_prompt(after, True) == "Make the blue cup red."
+    assert stages.final_prompt(after, False) == "make the cup red"
 
 
 HALF = "\\ud83d"  # of a surrogate pair, as JSON may hold it

@@ -16,7 +16,7 @@ from cocoedit_jax.annotation.filter import choose
 from cocoedit_jax.annotation.record import DEAD, REJECTED, SCORES, Annotation, to_line
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.stages import STAGES, final_prompt, read_fingerprint
-from cocoedit_jax.annotation.store import IMAGES, Store, file_stem
+from cocoedit_jax.annotation.store import IMAGES, Store, file_stem, items_hash
 from cocoedit_jax.data.duplicates import find_duplicates, same_picture
 from cocoedit_jax.data.prepare import place_file
 from cocoedit_jax.data.records import METADATA
@@ -139,7 +139,11 @@ def _find_repeats(store: Store, settings: Settings) -> _Repeats:
 
 def check_sum(store: Store) -> None:
     """Every input is in exactly one of the output files. Raises RuntimeError otherwise."""
-    expected = Counter(a.item.id for number in range(store.count) for a in store.read(number))
+    items = [annotation.item for number in range(store.count) for annotation in store.read(number)]
+    # What was given, as the manifest knows it: shards may agree with the output and both be wrong.
+    if store.manifest.get("items") not in (None, items_hash(items)):  # None: laid out before the hash was kept
+        raise RuntimeError(f"{store.root}: the shards hold other records than the input")
+    expected = Counter(item.id for item in items)
     found = Counter(name for file in (METADATA, REJECTED, DEAD) for name in _ids(store.root / file))
     if sum(expected.values()) != store.total or expected != found:
         lost, extra = expected - found, found - expected

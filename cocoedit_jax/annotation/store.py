@@ -2,8 +2,9 @@
 
 shards/NUMBER.jsonl holds the annotations of `shard_size` items in input order, each with the stage that it has reached.
 A file is only ever replaced as a whole: written beside it, synced, renamed. So a record is never lost or there twice,
-and what a killed process had not yet written is done again. shards/manifest.json comes into being after the shards and
-says what the work is; several processes may start and work in one folder, on different shards.
+and what a killed process had not yet written is done again. shards/layout.json comes into being before the shards and
+says what the work is, shards/manifest.json after them, with the same content, says that all of it is there. Several
+processes may start and work in one folder, on different shards.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from cocoedit_jax.annotation.record import MANIFEST, SHARDS, Annotation, Item, i
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import dotted
 
-MASKS, IMAGES = "masks", "images"
+MASKS, IMAGES, LAYOUT = "masks", "images", "layout.json"
+
+
+_ANEW = "nothing in it is done yet: delete that folder, or give another --output"
 
 
 def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
@@ -93,19 +97,13 @@ class Store:
             "version": 1,
             "records": len(items),
             "input": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+            "items": items_hash(items),
             "shard_size": shard_size,
             "plan": json.loads(json.dumps(plan)),
         }
         folder = root / SHARDS
         if cls.exists(root):
-            store = cls.open(root)
-            store.check_plan(plan)
-            if store.manifest["input"] != manifest["input"]:
-                raise UserError(
-                    f"{root}: holds the annotation of another input ({store.total} records, this one has {len(items)});"
-                    " continue without --input, or give another --output"
-                )
-            return store
+            return cls.open(root)._of(manifest)
         foreign = [] if not root.exists() else sorted({p.name for p in root.iterdir()} - {SHARDS, MASKS, IMAGES})
         if foreign:
             raise UserError(
@@ -113,13 +111,32 @@ class Store:
             )
         for name in (SHARDS, MASKS, IMAGES):
             (root / name).mkdir(parents=True, exist_ok=True)
-        store = cls(root, manifest)
+        if not (folder / LAYOUT).exists() and any(folder.glob("*.jsonl")):
+            raise UserError(f"{folder}: holds shards, but no {LAYOUT} that says of what input; {_ANEW}")
+        write_whole(folder / LAYOUT, _json(manifest), replace=False)
+        # Shards that are there already stay, so they must be of this input and as large.
+        try:
+            store = cls._read(root, folder / LAYOUT)._of(manifest)
+        except UserError as error:
+            raise UserError(f"{error}\nIt was not laid out to the end, or is being laid out now; {_ANEW}") from error
         for number in range(store.count):
             part = items[number * shard_size : (number + 1) * shard_size]
             # Another process may have come first and be past this already.
             write_whole(store.path(number), _lines(Annotation(item) for item in part), replace=False)
         write_whole(folder / MANIFEST, _json(manifest), replace=False)
-        return cls.open(root)
+        return cls.open(root)._of(manifest)
+
+    def _of(self, manifest: Mapping[str, Any]) -> Store:
+        """This store. Raises UserError if its work is not that of `manifest`."""
+        self.check_plan(manifest["plan"])
+        if self.manifest["input"] != manifest["input"]:
+            raise UserError(
+                f"{self.root}: holds the annotation of another input ({self.total} records, this one has"
+                f" {manifest['records']}); continue without --input, or give another --output"
+            )
+        if self.size != manifest["shard_size"]:
+            raise UserError(f"{self.root}: has shards of {self.size} records, not {manifest['shard_size']}")
+        return self
 
     @staticmethod
     def exists(root: Path) -> bool:
@@ -144,6 +161,10 @@ class Store:
         path = root / SHARDS / MANIFEST
         if not path.is_file():
             raise UserError(f"{path}: no such file; give --input=FOLDER_OR_JSONL to begin an annotation in {root}")
+        return cls._read(root, path)
+
+    @classmethod
+    def _read(cls, root: Path, path: Path) -> Store:
         try:
             return cls(root, json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError) as error:
@@ -214,6 +235,14 @@ class Store:
         for folder in (self.root, self.root / SHARDS, self.root / MASKS, self.root / IMAGES):
             for draft in folder.glob(".*.tmp"):
                 draft.unlink(missing_ok=True)
+
+
+def items_hash(items: Iterable[Item]) -> str:
+    """Of the items in their order, by what no stage changes."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update((json.dumps([item.id, item.image, item.prompt]) + "\n").encode())
+    return digest.hexdigest()
 
 
 def check_items(items: Sequence[Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from cocoedit_jax.annotation.filter import choose
 from cocoedit_jax.annotation.record import DEAD, REJECTED, SCORES, Annotation, to_line
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.stages import STAGES, final_prompt, read_fingerprint
-from cocoedit_jax.annotation.store import IMAGES, Store, file_stem, items_hash
+from cocoedit_jax.annotation.store import ASIDE, IMAGES, Store, file_stem, items_hash
 from cocoedit_jax.data.duplicates import find_duplicates, same_picture
 from cocoedit_jax.data.prepare import place_file
 from cocoedit_jax.data.records import METADATA
@@ -67,6 +69,7 @@ def _gather(store: Store, settings: Settings) -> Outcome:
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     images: set[str] = set()
+    sources: dict[str, Path] = {}
     repeats = _find_repeats(store, settings)
     with ExitStack() as stack:
         files = {kind: stack.enter_context(path.open("w", encoding="utf-8")) for kind, path in drafts.items()}
@@ -78,6 +81,7 @@ def _gather(store: Store, settings: Settings) -> Outcome:
                 if chosen.status == "pending":
                     raise RuntimeError(f"{chosen.item.id}: not done, after {chosen.stage!r}")
                 counts[chosen.status] += 1
+                sources[_image_name(annotation)] = Path(annotation.item.image)
                 files["scores"].write(to_line(chosen))
                 if chosen.status == "kept":
                     image = _place_image(store, chosen, settings)
@@ -94,8 +98,9 @@ def _gather(store: Store, settings: Settings) -> Outcome:
     for kind in ("scores", "rejected", "dead", "kept"):
         drafts[kind].replace(store.root / names[kind])
     for path in (store.root / IMAGES).iterdir():
-        if f"{IMAGES}/{path.name}" not in images:
-            path.unlink()
+        name = f"{IMAGES}/{path.name}"
+        if name not in images and not path.name.endswith(".tmp"):  # those are for sweep()
+            _take_out(path, sources.get(name), store.root / ASIDE / path.name)
     check_sum(store)
     outcome = Outcome(counts["kept"], counts["rejected"], counts["dead"], dict(reasons.most_common()))
     store.seal({"kept": outcome.kept, "rejected": outcome.rejected, "dead": outcome.dead, "reasons": outcome.by_reason})
@@ -183,12 +188,41 @@ def _metadata(store: Store, annotation: Annotation, image: str) -> dict[str, Any
     return {**{k: v for k, v in item.extra.items() if k not in own}, **own}
 
 
+def _image_name(annotation: Annotation) -> str:
+    """Where the picture of a kept annotation lies in the data set."""
+    image = annotation.item.image
+    return f"{IMAGES}/{file_stem(image)}{Path(image).suffix.lower()}"
+
+
+def _take_out(path: Path, source: Path | None, aside: Path) -> None:
+    """Removes a picture that the present filter does not keep. Another one may: unless the original is still there as
+    it was, this is the last copy, and goes to `aside`.
+    """
+    try:
+        spare = source is not None and (source.samefile(path) or filecmp.cmp(source, path, shallow=False))
+    except OSError:  # the original is gone, or cannot be read
+        spare = False
+    if spare:
+        path.unlink()
+    else:
+        aside.parent.mkdir(exist_ok=True)
+        path.replace(aside)
+
+
 def _place_image(store: Store, annotation: Annotation, settings: Settings) -> str:
     source = Path(annotation.item.image)
-    name = f"{IMAGES}/{file_stem(str(source))}{source.suffix.lower()}"
+    name = _image_name(annotation)
     target = store.root / name
+    aside = store.root / ASIDE / target.name
+    seen = read_fingerprint(annotation.attributes["fingerprint"]).sha256
     try:
-        if target.exists() and (not source.exists() or target.stat().st_size == source.stat().st_size):
+        if not target.exists() and aside.exists():
+            aside.replace(target)
+        if target.exists() and (
+            not source.exists()
+            or target.stat().st_size == source.stat().st_size
+            or hashlib.sha256(target.read_bytes()).hexdigest() == seen  # the original has changed since
+        ):
             return name
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         draft.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ An output folder holds
     rejected.jsonl   what the filter refused, with a reason code
     dead.jsonl       what could not be annotated, with a reason code
     scores.jsonl     every annotation, raw; what --refilter and the report read
-    shards/          the state of the work: NUMBER.jsonl, layout.json, manifest.json
+    shards/          the state of the work: NUMBER.jsonl, layout.json, manifest.json; images/ that are set aside
 
 Lines of the last three files and of the shards are `Annotation.to_json()`; all files keep the order of the input.
 """

@@ -28,6 +28,7 @@ from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import dotted
 
 MASKS, IMAGES, LAYOUT = "masks", "images", "layout.json"
+ASIDE = f"{SHARDS}/{IMAGES}"  # pictures of which no other copy is left, and which the present filter does not keep
 
 
 _ANEW = "nothing in it is done yet: delete that folder, or give another --output"

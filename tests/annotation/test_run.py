@@ -261,6 +261,47 @@ def test_originals_may_go_once_they_are_copied(settings, photos, tmp_path):
     assert len(read_records(out, Framing(64)).records) == 1
 
 
+@pytest.mark.parametrize("original", ["there", "linked", "gone", "changed", "changed in place"])
+def test_choosing_again_deletes_no_last_copy(settings, photos, tmp_path, original):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for name in ("coffee.jpg", "chelsea.jpg"):
+        shutil.copy(photos / name, folder)
+    images = "hardlink" if original == "linked" else "copy"
+    settings = replace(settings, engine=replace(settings.engine, images=images))
+    before = finish(settings, out, source=str(folder), prompt="make it red")
+    published = contents(out)
+    assert before.kept == 2
+    if original == "gone":
+        shutil.rmtree(folder)
+    elif original == "changed":
+        for path in folder.iterdir():
+            Image.new("RGB", (400, 300)).save(path)
+    elif original == "changed in place":  # as many bytes
+        for path in folder.iterdir():
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+    strict = replace(settings, filter=replace(settings.filter, min_clarity=1.0))
+    for rules in (strict, strict, settings):
+        after = finish(rules, out, refilter=True)
+        assert after.kept + after.rejected == 2
+        used = {row["image"] for row in lines(out / "metadata.jsonl")}
+        assert {f"images/{path.name}" for path in (out / "images").iterdir()} == used and len(used) == after.kept
+        aside = len(list((out / "shards/images").iterdir())) if (out / "shards/images").exists() else 0
+        assert aside == (0 if original in ("there", "linked") else 2 - after.kept)
+    assert after == before and contents(out) == published
+
+
+def test_a_picture_that_was_annotated_is_not_replaced_by_what_became_of_its_original(settings, photos, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(photos / "coffee.jpg", folder)
+    finish(settings, out, source=str(folder), prompt="make it red")
+    published = contents(out)
+    Image.new("RGB", (400, 300)).save(folder / "coffee.jpg")
+    finish(settings, out, refilter=True)
+    assert contents(out) == published
+
+
 def test_output_inside_of_what_is_searched_for_pictures(settings, photos, tmp_path):
     for name in ("coffee.jpg", "prompts.jsonl"):
         shutil.copy(photos / name, tmp_path)

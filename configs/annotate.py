@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
                 "deadline_s": 1800.0,  # of all requests of a shard in a stage, retries included
                 "probe_s": 120.0,  # to wait for the first answers, while servers start
                 # Share of a stage's requests that may stay unanswered: these items become dead letters. Beyond it the
-                # run stops; nothing is lost, and the same command continues.
+                # run stops; nothing is lost, and the same command continues. With batches: the share of a stage's
+                # records whose replies came back failed; beyond it all of them wait, to be emitted again.
                 "max_unanswered": 0.02,
                 "cell": 28,  # px; sides of pictures are multiples of it: 28 for Qwen2-VL and 2.5-VL, 32 for Qwen3-VL
                 "max_pixels": 1003520,  # of a picture as sent; keep it within the server's own limit

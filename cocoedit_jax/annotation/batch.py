@@ -13,7 +13,15 @@ from cocoedit_jax.annotation import boxes
 from cocoedit_jax.annotation.engine import box_probe, named_convention, plan
 from cocoedit_jax.annotation.stages import MODEL_STAGES, QUESTIONS, STAGES, Rules, pending_at
 from cocoedit_jax.annotation.store import Store, write_whole
-from cocoedit_jax.annotation.work import Tally, give_up, prepare, request_id, settle, without_logprobs
+from cocoedit_jax.annotation.work import (
+    NO_ANSWER,
+    Tally,
+    failure_of,
+    prepare,
+    request_id,
+    settle,
+    without_logprobs,
+)
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.chat_protocol import (
@@ -125,9 +133,10 @@ def _line(custom_id: str, request: ChatRequest, rules: Rules) -> bytes:
 
 
 def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[int]) -> Tally:
-    """Takes the records on by the replies in `paths` (all of one stage). Records whose replies are missing or failed
-    stay where they are, to be emitted again; of requests that were refused as they are, only if these are more than the
-    share `models.max_unanswered` of the replies: few are dead letters. The same files may be given twice; nothing
+    """Takes the records on by the replies in `paths` (all of one stage). Records whose replies are missing stay where
+    they are, to be emitted again. Those whose replies came back failed, whether refused or for the server's own fault,
+    become dead letters, unless the stage then had more of these than the share `models.max_unanswered` of its records,
+    or has no answer yet: that is a fault of the server, and they stay too. The same files may be given twice; nothing
     happens then.
 
     Raises:
@@ -157,8 +166,7 @@ def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[
         )
     if stage == "score" and without_logprobs(replies.values()):
         raise UserError("--accept_batch: the replies have no log-probabilities, which scores are made of")
-    refused = [reply.failure for reply in replies.values() if reply.failure is not None and reply.failure.fatal]
-    bury = len(refused) <= rules.settings.models.max_unanswered * len(replies)
+    bury = _failed_within(rules.settings.models.max_unanswered, store, numbers, stage, replies)
     total = Tally()
     for number in progress(numbers, desc=f"accept {stage}", unit="shard"):
         annotations = store.read(number)
@@ -170,12 +178,40 @@ def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[
         mine = {name: replies.get(name, ChatReply(name, failure=none)) for name in names}
         after, tally = settle(stage, todo, mine, rules)
         by_id = {annotation.item.id: annotation for annotation in after}
+        for name in bury & by_id.keys():
+            by_id[name] = by_id[name].dead(by_id[name].reason or "no_reply", by_id[name].detail)
+            tally.done, tally.unanswered = tally.done + 1, tally.unanswered - 1
         store.write(number, [by_id.get(annotation.item.id, annotation) for annotation in annotations])
         total.add(tally)
-        if refused and bury:
-            buried = give_up(store, number, stage, ("refused_request",))
-            total.done, total.unanswered = total.done + buried, total.unanswered - buried
     return total
+
+
+def _failed_within(
+    limit: float, store: Store, numbers: Sequence[int], stage: str, replies: Mapping[str, ChatReply]
+) -> set[str]:
+    """Ids of the records all of whose replies are there, some of them failed. None where these, and the dead letters
+    that the stage has for such failures already, are more than the share `limit` of its records: of all, because the
+    few that fail again and again are the whole of what is emitted last.
+    """
+    failed: set[str] = set()
+    before, reached, answered, place = 0, 0, False, STAGES.index(stage)
+    for annotation in (annotation for number in numbers for annotation in store.read(number)):
+        comes_next = STAGES.index(annotation.stage) + 1 if annotation.stage else 0
+        if comes_next < place or (comes_next == place and annotation.reason == "global_edit"):
+            continue
+        reached += 1
+        if comes_next > place:
+            answered = True
+        elif annotation.status != "pending":  # ended in this stage
+            before += annotation.reason in NO_ANSWER
+            answered |= annotation.reason not in (*NO_ANSWER, "unreadable_image")
+        else:
+            mine = [replies.get(request_id(stage, question, annotation.item.id)) for question in QUESTIONS[stage]]
+            if any(reply is not None and failure_of(stage, reply) is None for reply in mine):
+                answered = True
+            if None not in mine and any(reply is not None and failure_of(stage, reply) for reply in mine):
+                failed.add(annotation.item.id)
+    return failed if answered and len(failed) + before <= limit * reached else set()
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:

@@ -4,7 +4,7 @@
 DEAD = {
     "unreadable_image": "the picture cannot be opened, or is larger than what is safe to decode *",
     "refused_request": "the model's server refused the request as it is (status 4xx) *",
-    "no_reply": "the model's server gave no answer in time *",
+    "no_reply": "the model's server gave no answer in time, or failed (status 5xx, garbled); in a batch too *",
     "unparsed_reply": "the model answered in another form than asked for",
     "bad_box": "the model's box is empty or outside of the picture",
     "segmenter_failed": "the segmenter raised an error *",

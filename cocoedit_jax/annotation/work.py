@@ -25,6 +25,7 @@ from cocoedit_jax.rewards.judge_score import MIN_CANDIDATES, top_tokens
 
 # Refusals that concern every request: the run stops at once.
 _HOPELESS = ("unauthorized", "forbidden", "not_found")
+NO_ANSWER = ("no_reply", "refused_request")  # of reasons.DEAD; a pending annotation has them when it was asked in vain
 _PICTURES = ("box", "rewrite", "score")  # stages that show the picture to a model
 _SEP = "|"
 
@@ -154,7 +155,7 @@ def settle(
     tally, after = Tally(), []
     for annotation in annotations:
         mine = by_item.get(file_stem(annotation.item.id), {})
-        failure = next((found for reply in mine.values() if (found := _failure(stage, reply)) is not None), None)
+        failure = next((found for reply in mine.values() if (found := failure_of(stage, reply)) is not None), None)
         tally.asked += bool(mine)
         if annotation.status != "pending":
             tally.done += 1
@@ -170,7 +171,7 @@ def settle(
     return after, tally
 
 
-def _failure(stage: str, reply: ChatReply) -> Failure | None:
+def failure_of(stage: str, reply: ChatReply) -> Failure | None:
     """Why a reply is none: its own failure, or a score of which only the sampled digit came. That says nothing of the
     record, and another time the server sends all.
     """
@@ -190,11 +191,11 @@ def without_logprobs(replies: Iterable[ChatReply]) -> bool:
     return bool(answers) and all(reply.logprobs is None for reply in answers)
 
 
-def give_up(store: Store, number: int, stage: str, reasons: Sequence[str] = ("no_reply", "refused_request")) -> int:
-    """Makes dead letters of what stayed without an answer in `stage` for one of `reasons`; returns how many."""
+def give_up(store: Store, number: int, stage: str) -> int:
+    """Makes dead letters of what stayed without an answer in `stage`; returns how many."""
 
     def bury(annotation: Annotation) -> Annotation:
-        if pending_at(annotation, stage) and annotation.reason is not None and annotation.reason in reasons:
+        if pending_at(annotation, stage) and annotation.reason in NO_ANSWER:
             return annotation.dead(annotation.reason, annotation.detail)
         return annotation
 

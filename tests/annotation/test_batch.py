@@ -115,6 +115,61 @@ def test_an_answer_that_was_cut_off_is_a_dead_letter(settings, photos, tmp_path)
     assert len(dead) == 1 and "cut off after config.box.max_tokens=512" in dead[0].detail
 
 
+@pytest.mark.parametrize("kind", ["status 503", "garbled", "error", "refused"])
+def test_a_request_that_always_fails_does_not_hold_up_the_others(settings, photos, tmp_path, kind):
+    """More fail than may be at first; the one that still does is all that is emitted in the end."""
+    out = tmp_path / "out"
+    patient = replace(settings, models=replace(settings.models, max_unanswered=0.12))  # 1 of 9
+    fail = {
+        "status 503": lambda line: failed(line, 503), "error": failed, "refused": lambda line: failed(line, 400),
+        "garbled": lambda line: {**failed(line, 200, {"choices": []}), "error": None},
+    }[kind]  # fmt: skip
+    classified(patient, photos, out)
+    accepted = lambda rows: run.annotate(patient, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])  # noqa: E731
+    run.annotate(patient, out, emit_batch="box")
+    probe, *asked = requests_of(out, "box")[1]
+    assert "|probe|" in probe["custom_id"] and len(asked) == 9
+    assert accepted([answer(probe), *map(fail, asked[:1])]) is None  # nothing was ever answered: the server's fault
+    assert not [a for n in range(6) for a in Store.open(out).read(n) if a.status == "dead" and a.stage == "classify"]
+    accepted([*map(fail, asked[:3]), *map(answer, asked[3:])])
+    run.annotate(patient, out, emit_batch="box")
+    again = requests_of(out, "box")[1][1:]
+    assert [line["custom_id"] for line in again] == [line["custom_id"] for line in asked[:3]], "3 of 9 are too many"
+    accepted(list(map(answer, again[1:])))
+    run.annotate(patient, out, emit_batch="box")
+    (last,) = requests_of(out, "box")[1][1:]
+    for _ in range(2):  # the same file twice
+        accepted([fail(last)])
+        (dead,) = [a for n in range(6) for a in Store.open(out).read(n) if a.status == "dead" and a.stage == "classify"]
+        assert dead.reason == ("refused_request" if kind == "refused" else "no_reply") and dead.detail
+    outcome = None
+    for stage in ("rewrite", "score"):
+        run.annotate(patient, out, emit_batch=stage)
+        rows = [answer(line) for line in requests_of(out, stage)[1]]
+        if stage == "rewrite":  # what was buried before, in another stage, is not counted here
+            rows[0] = fail(requests_of(out, stage)[1][0])
+            assert accepted(rows) is None
+            run.annotate(patient, out, emit_batch=stage)
+            assert len(requests_of(out, stage)[1]) == 1, "1 of 8"
+            rows = [answer(line) for line in requests_of(out, stage)[1]]
+        outcome = accepted(rows)
+    assert outcome is not None and outcome.dead == 2 and outcome.by_reason[f"dead: {dead.reason}"] == 1
+
+
+def test_what_is_buried_is_counted_over_all_files(settings, photos, tmp_path):
+    """Of a server that fails often, no file has too many."""
+    out = tmp_path / "out"
+    patient = replace(settings, models=replace(settings.models, max_unanswered=0.25))  # 2 of 9
+    classified(patient, photos, out)
+    run.annotate(patient, out, emit_batch="box")
+    probe, *asked = requests_of(out, "box")[1]
+    for start in (0, 3, 6):
+        rows = [failed(asked[start], 503), *map(answer, asked[start + 1 : start + 3])]
+        run.annotate(patient, out, accept_batch=[write(tmp_path / "r.jsonl", rows)])
+    run.annotate(patient, out, emit_batch="box")
+    assert [line["custom_id"] for line in requests_of(out, "box")[1][1:]] == [asked[6]["custom_id"]]
+
+
 def test_what_was_left_out_is_not_buried_with_what_was_refused(settings, photos, tmp_path):
     """Two records of one shard: one is refused as it is, the other one's reply is not there yet."""
     out = tmp_path / "out"

@@ -80,7 +80,8 @@ def get_config() -> ConfigDict:
                 "fill_holes": True,  # before the growth
                 "min_piece": 0.02,  # pieces below this share of the largest piece are dropped, before the growth
             },
-            "rewrite": {"use": True, "max_words": 60, "max_tokens": 384},  # use: the new text becomes the prompt
+            # use: the new text becomes the prompt, and is scored; --refilter keeps to what the run was begun with.
+            "rewrite": {"use": True, "max_words": 60, "max_tokens": 384},
             "score": {"min_mass": 0.5},  # probability that must lie on the digits for a score to count
             "filter": {
                 # Expected digit / 5 under the judge's own distribution; None: not asked for.

@@ -31,7 +31,8 @@ MASKS, IMAGES, LAYOUT = "masks", "images", "layout.json"
 ASIDE = f"{SHARDS}/{IMAGES}"  # pictures of which no other copy is left, and which the present filter does not keep
 
 
-_ANEW = "nothing in it is done yet: delete that folder, or give another --output"
+_ANEW = "delete that folder, in which nothing is done yet, or give another --output"
+_ELSEWHERE = "continue without --input, or give another --output"
 
 
 def write_whole(path: Path, data: bytes, *, replace: bool = True) -> None:
@@ -104,7 +105,7 @@ class Store:
         }
         folder = root / SHARDS
         if cls.exists(root):
-            return cls.open(root)._of(manifest)
+            return cls.open(root)._of(manifest, _ELSEWHERE)
         foreign = [] if not root.exists() else sorted({p.name for p in root.iterdir()} - {SHARDS, MASKS, IMAGES})
         if foreign:
             raise UserError(
@@ -116,27 +117,24 @@ class Store:
             raise UserError(f"{folder}: holds shards, but no {LAYOUT} that says of what input; {_ANEW}")
         write_whole(folder / LAYOUT, _json(manifest), replace=False)
         # Shards that are there already stay, so they must be of this input and as large.
-        try:
-            store = cls._read(root, folder / LAYOUT)._of(manifest)
-        except UserError as error:
-            raise UserError(f"{error}\nIt was not laid out to the end, or is being laid out now; {_ANEW}") from error
+        store = cls._read(root, folder / LAYOUT)._of(manifest, f"it was not laid out to the end: {_ANEW}")
         for number in range(store.count):
             part = items[number * shard_size : (number + 1) * shard_size]
             # Another process may have come first and be past this already.
             write_whole(store.path(number), _lines(Annotation(item) for item in part), replace=False)
         write_whole(folder / MANIFEST, _json(manifest), replace=False)
-        return cls.open(root)._of(manifest)
+        return cls.open(root)._of(manifest, _ELSEWHERE)
 
-    def _of(self, manifest: Mapping[str, Any]) -> Store:
+    def _of(self, manifest: Mapping[str, Any], advice: str) -> Store:
         """This store. Raises UserError if its work is not that of `manifest`."""
         self.check_plan(manifest["plan"])
         if self.manifest["input"] != manifest["input"]:
             raise UserError(
                 f"{self.root}: holds the annotation of another input ({self.total} records, this one has"
-                f" {manifest['records']}); continue without --input, or give another --output"
+                f" {manifest['records']}); {advice}"
             )
         if self.size != manifest["shard_size"]:
-            raise UserError(f"{self.root}: has shards of {self.size} records, not {manifest['shard_size']}")
+            raise UserError(f"{self.root}: has shards of {self.size} records, not {manifest['shard_size']}; {advice}")
         return self
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Whole runs on photographs, with the fake model: accounting, resuming, faults, job arrays, choosing again."""
+"""Whole runs on photographs, with the fake model: accounting, resuming, faults, job arrays."""
 
 import json
 import os
@@ -14,10 +14,8 @@ import pytest
 from PIL import Image
 
 from cocoedit_jax.annotation import engine, run
-from cocoedit_jax.annotation import store as store_module
 from cocoedit_jax.annotation.fake import FakeModel
-from cocoedit_jax.annotation.gather import check_sum
-from cocoedit_jax.annotation.record import Item, read_annotations
+from cocoedit_jax.annotation.record import read_annotations
 from cocoedit_jax.annotation.settings import check
 from cocoedit_jax.annotation.store import Store, file_stem, parse_range
 from cocoedit_jax.data.images import Framing
@@ -53,92 +51,6 @@ def test_everything_goes_somewhere(done, photos):
     assert (manifest["kept"], manifest["records"], len(manifest["shards"])) == (outcome.kept, 12, 6)
 
 
-@pytest.mark.parametrize("fault", ["lost", "twice", "other"])
-def test_a_sum_that_does_not_come_out_is_an_error(done, tmp_path, fault):
-    folder = shutil.copytree(done[0], tmp_path / "out")
-    path = folder / "rejected.jsonl"
-    rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    changed = {"lost": rows[1:], "twice": [rows[0], *rows], "other": [rows[1], *rows[1:]]}[fault]
-    check_sum(Store.open(folder))
-    path.write_text("".join(changed), encoding="utf-8")
-    said = f"12 in, {12 + len(changed) - len(rows)} out; lost "
-    with pytest.raises(RuntimeError, match=said):
-        check_sum(Store.open(folder))
-
-
-def test_who_comes_second_leaves_the_work_of_the_first(done, photos, tmp_path):
-    """Two processes lay out the same folder: one may be past a shard before the other has written the manifest."""
-    folder = shutil.copytree(done[0] / "shards", tmp_path / "out/shards").parent
-    before = (folder / "shards/000001.jsonl").read_bytes()
-    store = Store.open(folder)
-    (folder / "shards/manifest.json").unlink()
-    again = Store.create(folder, run.find_items(str(photos), None), store.manifest["plan"], store.size)
-    assert again.total == store.total and (folder / "shards/000001.jsonl").read_bytes() == before
-
-
-class Killed(BaseException):
-    pass
-
-
-def laid_out(root, count, monkeypatch, dies_at=None, size=2):
-    """`count` items and the folder for them, laid out until `dies_at` is written."""
-    items = [Item(f"i{n}", f"/in/{n}.png", "p") for n in range(count)]
-    whole = store_module.write_whole
-
-    def write(path, data, **options):
-        if path.name == dies_at:
-            raise Killed
-        whole(path, data, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store_module, "write_whole", write)
-        return items, Store.create(root, items, {}, size)
-
-
-@pytest.mark.parametrize("dies_at", ["000000.jsonl", "000002.jsonl", "manifest.json"])
-def test_killed_while_the_work_is_laid_out(tmp_path, monkeypatch, dies_at):
-    """Shards of one input and shards of another would lose records and hold others twice."""
-    with pytest.raises(Killed):
-        laid_out(tmp_path, 6, monkeypatch, dies_at)
-    with pytest.raises(UserError, match="another input .6 records, this one has 7(?s:.*)delete that folder"):
-        laid_out(tmp_path, 7, monkeypatch)
-    with pytest.raises(UserError, match="shards of 2 records, not 3(?s:.*)delete that folder"):
-        laid_out(tmp_path, 6, monkeypatch, size=3)
-    items, store = laid_out(tmp_path, 6, monkeypatch)
-    assert [a.item for n in range(store.count) for a in store.read(n)] == items
-    (tmp_path / "shards/layout.json").unlink()
-    (tmp_path / "shards/manifest.json").unlink()
-    with pytest.raises(UserError, match="holds shards, but no layout.json"):
-        laid_out(tmp_path, 6, monkeypatch)
-
-
-def test_of_two_inputs_at_once_one_is_refused(tmp_path, monkeypatch):
-    """Another process writes its manifest first."""
-    whole = store_module.write_whole
-
-    def overtaken(path, data, **options):
-        if path.name == "manifest.json":
-            whole(path, json.dumps(json.loads(data) | {"input": "other"}).encode())
-        whole(path, data, **options)
-
-    monkeypatch.setattr(store_module, "write_whole", overtaken)
-    with pytest.raises(UserError, match="another input"):
-        laid_out(tmp_path, 6, monkeypatch)
-
-
-def test_shards_of_another_input_are_found_by_the_sum(done, tmp_path):
-    """Shards and output agree: one record twice, another one lost."""
-    folder = shutil.copytree(done[0], tmp_path / "out")
-    store = Store.open(folder)
-    first, second = store.read(0)
-    store.write(0, [first, replace(second, item=replace(second.item, id=second.item.id + "x"))])
-    for name in ("metadata.jsonl", "rejected.jsonl", "dead.jsonl"):
-        text = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(text.replace(f'"{second.item.id}"', f'"{second.item.id}x"'), encoding="utf-8")
-    with pytest.raises(RuntimeError, match="other records than the input"):
-        check_sum(store)
-
-
 def test_killed_at_many_points(done, photos, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "tests.annotation.kill_driver", str(photos), str(out)]
@@ -148,37 +60,6 @@ def test_killed_at_many_points(done, photos, tmp_path):
     assert kills > 8, ran.stdout
     assert contents(out) == contents(done[0])
     assert not list(out.rglob("*.tmp"))
-
-
-def test_choosing_again_needs_no_model(done, settings, monkeypatch, tmp_path, photos):
-    folder, outcome = done
-    out = tmp_path / "out"
-    before = finish(settings, out, source=str(photos))
-    monkeypatch.setattr(engine, "make_model", None)
-    scores = [row["scores"]["clarity"] for row in lines(out / "metadata.jsonl")]
-    middle = sorted(scores)[len(scores) // 2]
-    strict = replace(settings, filter=replace(settings.filter, min_clarity=middle))
-    after = finish(strict, out, refilter=True)
-    assert 0 < after.kept < before.kept and after.dead == before.dead
-    assert after.kept == sum(score >= middle for score in scores)
-    assert after.by_reason["rejected: clarity"] >= before.kept - after.kept, "it comes before other reasons"
-    used = {row["image"] for row in lines(out / "metadata.jsonl")}
-    assert {f"images/{path.name}" for path in (out / "images").iterdir()} == used
-    assert run.annotate(settings, out, refilter=True) == before and contents(out) == contents(folder)
-
-
-def test_choosing_again_publishes_what_was_scored(settings, photos, tmp_path):
-    """Whatever is set now: the scores are those of the instruction that the run chose."""
-    (tmp_path / "in").mkdir()
-    shutil.copy(photos / "coffee.jpg", tmp_path / "in")
-    for use, published in ((False, "make it red"), (True, "make it red (")):
-        run_with, now = (replace(settings, rewrite=replace(settings.rewrite, use=on)) for on in (use, not use))
-        out = tmp_path / f"out-{use}"
-        finish(run_with, out, source=str(tmp_path / "in"), prompt="make it red")
-        before = lines(out / "metadata.jsonl")
-        assert finish(now, out, refilter=True).kept == 1
-        assert lines(out / "metadata.jsonl") == before
-        assert before[0]["prompt"].startswith(published) and ("(" in before[0]["prompt"]) == use
 
 
 def test_repeats_leave_the_best(settings, photos, tmp_path):
@@ -249,57 +130,6 @@ def test_lines_that_repeat_are_duplicates(settings, photos, tmp_path):
     (folder / "prompts.jsonl").write_text(line.replace("{", '{"id": "mine", ') * 2)
     with pytest.raises(UserError, match="line 2: id 'mine' was used on line 1"):
         run.annotate(low, tmp_path / "other", source=str(folder))
-
-
-def test_originals_may_go_once_they_are_copied(settings, photos, tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    shutil.copy(photos / "coffee.jpg", folder)
-    before = finish(settings, out, source=str(folder), prompt="make it red")
-    shutil.rmtree(folder)
-    assert before.kept == 1 and run.annotate(settings, out, refilter=True) == before
-    assert len(read_records(out, Framing(64)).records) == 1
-
-
-@pytest.mark.parametrize("original", ["there", "linked", "gone", "changed", "changed in place"])
-def test_choosing_again_deletes_no_last_copy(settings, photos, tmp_path, original):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    for name in ("coffee.jpg", "chelsea.jpg"):
-        shutil.copy(photos / name, folder)
-    images = "hardlink" if original == "linked" else "copy"
-    settings = replace(settings, engine=replace(settings.engine, images=images))
-    before = finish(settings, out, source=str(folder), prompt="make it red")
-    published = contents(out)
-    assert before.kept == 2
-    if original == "gone":
-        shutil.rmtree(folder)
-    elif original == "changed":
-        for path in folder.iterdir():
-            Image.new("RGB", (400, 300)).save(path)
-    elif original == "changed in place":  # as many bytes
-        for path in folder.iterdir():
-            path.write_bytes(path.read_bytes()[:-1] + b"x")
-    strict = replace(settings, filter=replace(settings.filter, min_clarity=1.0))
-    for rules in (strict, strict, settings):
-        after = finish(rules, out, refilter=True)
-        assert after.kept + after.rejected == 2
-        used = {row["image"] for row in lines(out / "metadata.jsonl")}
-        assert {f"images/{path.name}" for path in (out / "images").iterdir()} == used and len(used) == after.kept
-        aside = len(list((out / "shards/images").iterdir())) if (out / "shards/images").exists() else 0
-        assert aside == (0 if original in ("there", "linked") else 2 - after.kept)
-    assert after == before and contents(out) == published
-
-
-def test_a_picture_that_was_annotated_is_not_replaced_by_what_became_of_its_original(settings, photos, tmp_path):
-    folder, out = tmp_path / "in", tmp_path / "out"
-    folder.mkdir()
-    shutil.copy(photos / "coffee.jpg", folder)
-    finish(settings, out, source=str(folder), prompt="make it red")
-    published = contents(out)
-    Image.new("RGB", (400, 300)).save(folder / "coffee.jpg")
-    finish(settings, out, refilter=True)
-    assert contents(out) == published
 
 
 def test_output_inside_of_what_is_searched_for_pictures(settings, photos, tmp_path):
@@ -424,31 +254,6 @@ def test_a_server_that_cannot_be_used_is_found_first(settings, photos, tmp_path,
     with pytest.raises(UserError, match="checkpoint '' is no file"):
         run.annotate(unmade, tmp_path / "out", source=str(photos))
     assert not (tmp_path / "out").exists()
-
-
-def test_other_work_in_a_folder_is_refused(done, settings, photos, tmp_path, monkeypatch):
-    folder, outcome = done
-    other = replace(settings, mask=replace(settings.mask, fill_holes=False))
-    with pytest.raises(UserError, match="mask.fill_holes: True, now False"):
-        run.annotate(other, folder)
-    with pytest.raises(UserError, match="another input"):
-        run.annotate(settings, folder, source=str(photos), prompt="make it blue")
-    with pytest.raises(UserError, match="give --input="):
-        run.annotate(settings, tmp_path / "new")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign/thesis.tex").touch()
-    with pytest.raises(UserError, match="holds thesis.tex, but no annotation"):
-        run.annotate(settings, tmp_path / "foreign", source=str(photos))
-    # What is finished is gathered again; no model is asked.
-    monkeypatch.setattr(engine, "make_model", None)
-    before = contents(folder)
-    assert run.annotate(settings, folder, source=str(photos)) == outcome and contents(folder) == before
-    shard = folder / "shards/000001.jsonl"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: whole.index(b"\n") + 1])
-    with pytest.raises(UserError, match="000001.jsonl: 1 records, expected 2"):
-        run.annotate(settings, folder)
-    shard.write_bytes(whole)
 
 
 def test_the_command(photos, tmp_path):

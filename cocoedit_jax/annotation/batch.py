@@ -18,6 +18,7 @@ from cocoedit_jax.annotation.work import (
     Tally,
     failure_of,
     prepare,
+    reached,
     request_id,
     settle,
     without_logprobs,
@@ -194,13 +195,10 @@ def _failed_within(
     few that fail again and again are the whole of what is emitted last.
     """
     failed: set[str] = set()
-    before, reached, answered, place = 0, 0, False, STAGES.index(stage)
-    for annotation in (annotation for number in numbers for annotation in store.read(number)):
-        comes_next = STAGES.index(annotation.stage) + 1 if annotation.stage else 0
-        if comes_next < place or (comes_next == place and annotation.reason == "global_edit"):
-            continue
-        reached += 1
-        if comes_next > place:
+    before, total, answered = 0, 0, False
+    for annotation, through in reached(store, numbers, stage):
+        total += 1
+        if through:
             answered = True
         elif annotation.status != "pending":  # ended in this stage
             before += annotation.reason in NO_ANSWER
@@ -211,7 +209,7 @@ def _failed_within(
                 answered = True
             if None not in mine and any(reply is not None and failure_of(stage, reply) for reply in mine):
                 failed.add(annotation.item.id)
-    return failed if answered and len(failed) + before <= limit * reached else set()
+    return failed if answered and len(failed) + before <= limit * total else set()
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:

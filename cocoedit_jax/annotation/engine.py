@@ -15,7 +15,7 @@ from cocoedit_jax.annotation.segmenters import make_segmenter
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.stages import MODEL_STAGES, STAGES, Rules, box_request, pending_at
 from cocoedit_jax.annotation.store import Store
-from cocoedit_jax.annotation.work import Model, Tally, Worker, give_up
+from cocoedit_jax.annotation.work import NO_ANSWER, Model, Tally, Worker, give_up, reached
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.chat import ChatClient, ChatRequest, image_part, text_part, user_message
@@ -104,8 +104,8 @@ def run_stages(worker: Worker, numbers: Sequence[int], stages: Sequence[str] = S
         waiting = _waiting(worker.store, numbers, stage)
         if not waiting:
             continue
-        tally, total = Tally(), sum(waiting.values())
-        bar = progress(total, desc=f"{stage:>8}", unit="record")
+        tally, total = Tally(), sum(1 for _ in reached(worker.store, numbers, stage))
+        bar = progress(sum(waiting.values()), desc=f"{stage:>8}", unit="record")
         with bar, ThreadPoolExecutor(worker.rules.settings.engine.in_flight) as pool:
             futures = [pool.submit(worker.run, number, stage) for number in waiting]
             try:
@@ -118,7 +118,7 @@ def run_stages(worker: Worker, numbers: Sequence[int], stages: Sequence[str] = S
                 for future in futures:
                     future.cancel()
                 raise
-        settle_unanswered(worker.store, list(waiting), {stage: tally}, limit)
+        settle_unanswered(worker.store, numbers, {stage: tally}, limit)
 
 
 def _waiting(store: Store, numbers: Sequence[int], stage: str) -> dict[int, int]:
@@ -143,15 +143,20 @@ def stop_if_silent(stage: str, latest: Tally, tally: Tally, total: int, limit: f
 def settle_unanswered(store: Store, numbers: Sequence[int], tallies: Mapping[str, Tally], limit: float) -> None:
     """Few requests without an answer become dead letters; many are a fault of the servers and stop the run.
 
+    Few of all the stage's records: the ones that fail again and again are the whole of what is asked last.
+
     Raises:
-        UserError: more than the share `limit` of a stage's requests have none.
+        UserError: more than the share `limit` of a stage's records have none, dead letters from before included.
     """
     for stage, tally in tallies.items():
-        if tally.unanswered > limit * tally.asked:
+        if not tally.unanswered:
+            continue
+        came = list(reached(store, numbers, stage))
+        before = sum(not through and a.status == "dead" and a.reason in NO_ANSWER for a, through in came)
+        if tally.unanswered + before > limit * len(came):
             raise _unanswered(stage, tally, limit)
-        if tally.unanswered:
-            for number in numbers:
-                give_up(store, number, stage)
+        for number in numbers:
+            give_up(store, number, stage)
 
 
 def _unanswered(stage: str, tally: Tally, limit: float) -> UserError:

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +16,7 @@ from PIL import Image
 from cocoedit_jax.annotation import stages
 from cocoedit_jax.annotation.record import Annotation
 from cocoedit_jax.annotation.segmenters import Segmenter
-from cocoedit_jax.annotation.stages import Rules, Shown, ask, pending_at, take
+from cocoedit_jax.annotation.stages import STAGES, Rules, Shown, ask, pending_at, take
 from cocoedit_jax.annotation.store import Store, file_stem
 from cocoedit_jax.data.images import DataFault, load_image
 from cocoedit_jax.errors import UserError
@@ -189,6 +189,15 @@ def without_logprobs(replies: Iterable[ChatReply]) -> bool:
     """Whether there are answers, and none of them has log-probabilities: a fault of the server, not of the records."""
     answers = [reply for reply in replies if reply.ok]
     return bool(answers) and all(reply.logprobs is None for reply in answers)
+
+
+def reached(store: Store, numbers: Sequence[int], stage: str) -> Iterator[tuple[Annotation, bool]]:
+    """Records that have come as far as `stage`, each with whether it is through."""
+    place = STAGES.index(stage)
+    for annotation in (annotation for number in numbers for annotation in store.read(number)):
+        comes_next = STAGES.index(annotation.stage) + 1 if annotation.stage else 0
+        if comes_next > place or (comes_next == place and annotation.reason != "global_edit"):
+            yield annotation, comes_next > place
 
 
 def give_up(store: Store, number: int, stage: str) -> int:

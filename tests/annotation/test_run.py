@@ -200,6 +200,22 @@ def test_servers_that_fail_stop_the_run_and_lose_nothing(done, settings, photos,
     assert again == {name for name in first if "probe" not in name and unlucky(name)} != set()
 
 
+def test_what_fails_again_when_the_others_were_answered_is_a_share_of_all(done, settings, photos, tmp_path, flaky):
+    out = tmp_path / "out"
+    patient = replace(settings, models=replace(settings.models, max_unanswered=0.12))  # 1 of 9
+    names = [file_stem(row["id"]) for row in lines(done[0] / "metadata.jsonl")]
+    asked = [f"rewrite|rewrite|{name}" for name in names[:2]]
+    flaky.fails = lambda name: "deadline" if name in asked else None
+    with pytest.raises(UserError, match="rewrite: 2 of .* records got no answer"):
+        run.annotate(patient, out, source=str(photos))
+    del asked[1]  # the other one is answered now
+    outcome = run.annotate(patient, out)
+    assert outcome.by_reason["dead: no_reply"] == 1 and outcome.kept == done[1].kept - 1
+    asked[:] = [f"score|clarity|{name}" for name in names[1:3]]  # another stage counts its own
+    with pytest.raises(UserError, match="score: 2 of .* records got no answer"):
+        run.annotate(patient, tmp_path / "other", source=str(photos))
+
+
 def test_few_failures_become_dead_letters(done, settings, photos, tmp_path, flaky):
     out = tmp_path / "out"
     patient = replace(settings, models=replace(settings.models, max_unanswered=0.25))

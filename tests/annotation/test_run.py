@@ -209,7 +209,7 @@ def test_what_fails_again_when_the_others_were_answered_is_a_share_of_all(done, 
     with pytest.raises(UserError, match="rewrite: 2 of .* records got no answer"):
         run.annotate(patient, out, source=str(photos))
     del asked[1]  # the other one is answered now
-    outcome = run.annotate(patient, out)
+    outcome = finish(patient, out)
     assert outcome.by_reason["dead: no_reply"] == 1 and outcome.kept == done[1].kept - 1
     asked[:] = [f"score|clarity|{name}" for name in names[1:3]]  # another stage counts its own
     with pytest.raises(UserError, match="score: 2 of .* records got no answer"):

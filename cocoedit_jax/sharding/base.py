@@ -28,7 +28,8 @@ def _placed_anew(x: jax.Array, sharding: Any) -> jax.Array:
 
 
 def _devices(sharding: Any) -> list[Any]:
-    return list(sharding.mesh.devices.flat) if isinstance(sharding, NamedSharding) else [sharding]
+    mesh: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return [sharding] if mesh is None else list(mesh.devices.flat)
 
 
 def reshard(tree: Any, shardings: Any) -> Any:

@@ -16,6 +16,7 @@ from cocoedit_jax.annotation.store import Store, write_whole
 from cocoedit_jax.annotation.work import (
     NO_ANSWER,
     Tally,
+    are_few,
     failure_of,
     prepare,
     reached,
@@ -190,18 +191,15 @@ def accept(store: Store, rules: Rules, paths: Sequence[Path], numbers: Sequence[
 def _failed_within(
     limit: float, store: Store, numbers: Sequence[int], stage: str, replies: Mapping[str, ChatReply]
 ) -> set[str]:
-    """Ids of the records all of whose replies are there, some of them failed. None where these, and the dead letters
-    that the stage has for such failures already, are more than the share `limit` of its records: of all, because the
-    few that fail again and again are the whole of what is emitted last.
+    """Ids of the records all of whose replies are there, some of them failed. None where these are not few, and where
+    the stage has no answer yet.
     """
     failed: set[str] = set()
-    before, total, answered = 0, 0, False
-    for annotation, through in reached(store, numbers, stage):
-        total += 1
+    answered, came = False, list(reached(store, numbers, stage))
+    for annotation, through in came:
         if through:
             answered = True
         elif annotation.status != "pending":  # ended in this stage
-            before += annotation.reason in NO_ANSWER
             answered |= annotation.reason not in (*NO_ANSWER, "unreadable_image")
         else:
             mine = [replies.get(request_id(stage, question, annotation.item.id)) for question in QUESTIONS[stage]]
@@ -209,7 +207,7 @@ def _failed_within(
                 answered = True
             if None not in mine and any(reply is not None and failure_of(stage, reply) for reply in mine):
                 failed.add(annotation.item.id)
-    return failed if answered and len(failed) + before <= limit * total else set()
+    return failed if answered and are_few(len(failed), came, limit) else set()
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:

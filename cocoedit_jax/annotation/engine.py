@@ -15,7 +15,7 @@ from cocoedit_jax.annotation.segmenters import make_segmenter
 from cocoedit_jax.annotation.settings import Settings
 from cocoedit_jax.annotation.stages import MODEL_STAGES, STAGES, Rules, box_request, pending_at
 from cocoedit_jax.annotation.store import Store
-from cocoedit_jax.annotation.work import NO_ANSWER, Model, Tally, Worker, give_up, reached
+from cocoedit_jax.annotation.work import Model, Tally, Worker, are_few, give_up, reached
 from cocoedit_jax.errors import UserError
 from cocoedit_jax.reporting.telemetry import progress
 from cocoedit_jax.rewards.chat import ChatClient, ChatRequest, image_part, text_part, user_message
@@ -101,10 +101,10 @@ def run_stages(worker: Worker, numbers: Sequence[int], stages: Sequence[str] = S
     """
     limit = worker.rules.settings.models.max_unanswered
     for stage in stages:
-        waiting = _waiting(worker.store, numbers, stage)
+        waiting, total = _waiting(worker.store, numbers, stage)
         if not waiting:
             continue
-        tally, total = Tally(), sum(1 for _ in reached(worker.store, numbers, stage))
+        tally = Tally()
         bar = progress(sum(waiting.values()), desc=f"{stage:>8}", unit="record")
         with bar, ThreadPoolExecutor(worker.rules.settings.engine.in_flight) as pool:
             futures = [pool.submit(worker.run, number, stage) for number in waiting]
@@ -121,10 +121,15 @@ def run_stages(worker: Worker, numbers: Sequence[int], stages: Sequence[str] = S
         settle_unanswered(worker.store, numbers, {stage: tally}, limit)
 
 
-def _waiting(store: Store, numbers: Sequence[int], stage: str) -> dict[int, int]:
-    """Shard -> how many of its annotations wait for `stage`."""
-    counts = {number: sum(pending_at(a, stage) for a in store.read(number)) for number in numbers}
-    return {number: count for number, count in counts.items() if count}
+def _waiting(store: Store, numbers: Sequence[int], stage: str) -> tuple[dict[int, int], int]:
+    """Shard -> how many of its annotations wait for `stage`; and how many have come as far, in all."""
+    counts, total = {}, 0
+    for number in numbers:
+        waits = [pending_at(annotation, stage) for annotation, _ in reached(store, [number], stage)]
+        total += len(waits)
+        if any(waits):
+            counts[number] = sum(waits)
+    return counts, total
 
 
 def stop_if_silent(stage: str, latest: Tally, tally: Tally, total: int, limit: float) -> None:
@@ -143,17 +148,13 @@ def stop_if_silent(stage: str, latest: Tally, tally: Tally, total: int, limit: f
 def settle_unanswered(store: Store, numbers: Sequence[int], tallies: Mapping[str, Tally], limit: float) -> None:
     """Few requests without an answer become dead letters; many are a fault of the servers and stop the run.
 
-    Few of all the stage's records: the ones that fail again and again are the whole of what is asked last.
-
     Raises:
         UserError: more than the share `limit` of a stage's records have none, dead letters from before included.
     """
     for stage, tally in tallies.items():
         if not tally.unanswered:
             continue
-        came = list(reached(store, numbers, stage))
-        before = sum(not through and a.status == "dead" and a.reason in NO_ANSWER for a, through in came)
-        if tally.unanswered + before > limit * len(came):
+        if not are_few(tally.unanswered, reached(store, numbers, stage), limit):
             raise _unanswered(stage, tally, limit)
         for number in numbers:
             give_up(store, number, stage)

@@ -200,6 +200,16 @@ def reached(store: Store, numbers: Sequence[int], stage: str) -> Iterator[tuple[
             yield annotation, comes_next > place
 
 
+def are_few(unanswered: int, came: Iterable[tuple[Annotation, bool]], limit: float) -> bool:
+    """Whether the records that stay without an answer, and the dead letters that the stage has for that already, are no
+    more than the share `limit` of `came`, its records (`reached`): of all, because the ones that fail again and again
+    are the whole of what is asked last.
+    """
+    came = list(came)
+    before = sum(not through and a.status == "dead" and a.reason in NO_ANSWER for a, through in came)
+    return unanswered + before <= limit * len(came)
+
+
 def give_up(store: Store, number: int, stage: str) -> int:
     """Makes dead letters of what stayed without an answer in `stage`; returns how many."""
 

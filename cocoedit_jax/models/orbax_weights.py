@@ -136,7 +136,7 @@ def load_orbax(
     path, flat = (folder / ARRAYS).resolve(), weights.flatten(abstract)
     homes, parts = _homes(abstract), _parts(abstract)
     with _checkpointer(parts) as checkpointer:
-        found, dtypes = _checked(checkpointer, folder, abstract, dtype, skip)
+        found, dtypes = _checked(checkpointer, folder, flat, homes, parts, dtype, skip)
 
         def arrivals() -> Iterator[tuple[tuple[str, ...], int | None, jax.Array, int]]:
             sizes = {part: math.prod(found[part].shape) * np.dtype(found[part].dtype).itemsize for part in parts}
@@ -152,7 +152,7 @@ def load_orbax(
 def check_orbax(folder: Path, abstract: Mapping[str, Any]) -> None:
     """Refuses what ``load_orbax`` would refuse, from the checkpoint's metadata alone."""
     with _checkpointer({}) as checkpointer:
-        _checked(checkpointer, folder, abstract, None, None)
+        _checked(checkpointer, folder, weights.flatten(abstract), _homes(abstract), _parts(abstract), None, None)
 
 
 def _homes(abstract: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[tuple[str, ...], int | None]]:
@@ -168,11 +168,13 @@ def _parts(abstract: Mapping[str, Any]) -> dict[tuple[str, ...], jax.ShapeDtypeS
 def _checked(
     checkpointer: ocp.Checkpointer,
     folder: Path,
-    abstract: Mapping[str, Any],
+    flat: Mapping[tuple[str, ...], Any],
+    homes: Mapping[tuple[str, ...], tuple[tuple[str, ...], int | None]],
+    parts: dict[tuple[str, ...], jax.ShapeDtypeStruct],
     dtype: Any,
     skip: Mapping[str, Any] | None,
 ) -> tuple[dict[tuple[str, ...], Any], dict[tuple[str, ...], np.dtype]]:
-    """Metadata of the stored arrays by their paths, and the dtype of every leaf of ``abstract``."""
+    """Metadata of the stored arrays by their paths, and the dtype of every leaf of ``flat``."""
     _manifest(folder)
     path = (folder / ARRAYS).resolve()
     try:
@@ -180,11 +182,11 @@ def _checked(
         found = weights.flatten(metadata.item_metadata.tree)
     except Exception as error:  # of many kinds, and None where the arrays' metadata cannot be read
         raise UserError(f"{path}: not a readable Orbax checkpoint ({error})") from error
-    known = _parts(abstract) | _parts(skip or {})
+    known = parts | _parts(skip or {})
     specs = {".".join(p): weights.Spec(p, None, tuple(leaf.shape)) for p, leaf in known.items()}
     problems = weights.misfits(specs, {".".join(p): tuple(x.shape) for p, x in found.items()})
-    stored = ((home[0], np.dtype(found[part].dtype)) for part, home in _homes(abstract).items() if part in found)
-    dtypes, mixed = leaf_dtypes(weights.flatten(abstract), dtype, stored)
+    stored = ((home[0], np.dtype(found[part].dtype)) for part, home in homes.items() if part in found)
+    dtypes, mixed = leaf_dtypes(flat, dtype, stored)
     weights.refuse(str(path), problems + mixed)
     return found, dtypes
 

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
 from jax.sharding import AbstractMesh
 
@@ -12,9 +11,9 @@ from cocoedit_jax.models.editor import Editor
 from cocoedit_jax.models.quantize import same_storage
 from cocoedit_jax.planning.workload import Candidate, Workload
 from cocoedit_jax.sharding.mesh import AXES
-from cocoedit_jax.sharding.rules import adapter_shardings, partition_spec
-from cocoedit_jax.train.plan import prepared
-from cocoedit_jax.train.step import init_state, make_optimizer
+from cocoedit_jax.sharding.rules import partition_spec
+from cocoedit_jax.train.plan import abstract_state, prepared
+from cocoedit_jax.train.step import TrainState
 
 _ENCODING = ("encoder", "quant_conv")  # of an autoencoder; sampling only decodes
 
@@ -41,15 +40,14 @@ def abstract_of(editor: Editor) -> Any:
     return _traced[key]
 
 
-def _state_of(workload: Workload, editor: Editor) -> Any:
-    """Shapes of the training state, traced once as by ``abstract_of``."""
-    key = ("state", *_shape_key(editor), workload.lora, workload.algorithm.ema_decay > 0)
+def _state_of(workload: Workload, editor: Editor, candidate: Candidate) -> TrainState:
+    """Shapes and placement of the training state, traced once as by ``abstract_of``."""
+    mesh: Any = _mesh(candidate)
+    sharded = candidate.adapters == "sharded"
+    key = ("state", *_shape_key(editor), workload.lora, workload.algorithm.ema_decay > 0, mesh, sharded)
     if key not in _traced:
-        transformer = nn.unbox(abstract_of(editor))["transformer"]
-        init = lambda k: init_state(  # noqa: E731
-            k, transformer, workload.algorithm, workload.lora, make_optimizer(3e-4, 1e-4, 1.0)
-        )
-        _traced[key] = jax.eval_shape(init, jax.random.key(0))
+        params = nn.unbox(abstract_of(editor))
+        _traced[key] = abstract_state(params, workload.algorithm, workload.lora, mesh, sharded=sharded)
     return _traced[key]
 
 
@@ -74,17 +72,15 @@ def _mesh(candidate: Candidate) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
 
 
-def adapter_bytes(workload: Workload, editor: Editor) -> float:
+def adapter_bytes(workload: Workload, editor: Editor, candidate: Candidate) -> float:
     """Of one copy of the adapters, whole."""
-    return float(sum(_bytes(x) for x in jax.tree.leaves(_state_of(workload, editor).theta)))
+    return float(sum(_bytes(x) for x in jax.tree.leaves(_state_of(workload, editor, candidate).theta)))
 
 
 def _state_bytes(workload: Workload, editor: Editor, candidate: Candidate) -> float:
     """Of the training state on one device: trained and old adapters, their average, two moments."""
-    state = _state_of(workload, editor)
-    shardings = adapter_shardings(state, _mesh(candidate), sharded=candidate.adapters == "sharded")  # pyright: ignore
-    local = jax.tree.map(lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, shardings)
-    return float(sum(jax.tree.leaves(local)))
+    state: list[Any] = jax.tree.leaves(_state_of(workload, editor, candidate))
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state))
 
 
 def held(workload: Workload, candidate: Candidate, phase: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -116,7 +112,7 @@ def held(workload: Workload, candidate: Candidate, phase: str) -> tuple[dict[str
         beside["other base"] = local(abstract_of(planned_editor(workload, candidate, other))["transformer"])
     arguments = {"base": local(editor.network(abstract))}
     if phase == "rollout":
-        arguments |= {"decoder": decoder, "sampling adapter": adapter_bytes(workload, editor)}
+        arguments |= {"decoder": decoder, "sampling adapter": adapter_bytes(workload, editor, candidate)}
         arguments["samples"] = candidate.per_shard * record
         devices = math.prod(dict(candidate.sizes).values())
         drawn = workload.samples * (latent / candidate.shards + 12.0 * size**2 / devices)  # RGB, float32

@@ -183,16 +183,18 @@ class Program:
 
 def peak_memory(devices: Sequence[Any]) -> int | None:
     """Most bytes that one of ``devices`` has held so far; None where the platform does not tell."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
-    known = [peak for peak in peaks if peak is not None]
-    return max(known) if known and len(known) == len(peaks) else None
+    return max(_told(devices, "peak_bytes_in_use"), default=None)
 
 
 def memory_limit(devices: Sequence[Any]) -> int | None:
     """Bytes that a run may use of each of ``devices``; None where the platform does not tell."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    known = [limit for limit in limits if limit]
-    return min(known) if known and len(known) == len(limits) else None
+    return min(_told(devices, "bytes_limit"), default=None) or None  # 0: there is none
+
+
+def _told(devices: Sequence[Any], name: str) -> list[int]:
+    """The figure ``name`` of each of ``devices``; empty unless all tell it."""
+    found: list[Any] = [(device.memory_stats() or {}).get(name) for device in devices]
+    return [] if None in found else found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -139,7 +139,7 @@ def formula_memory(workload: Workload, editor: Editor, candidate: Candidate, pha
     kept = shape.num_blocks * per_width * (1 + KEPT_WIDTHS[candidate.remat] / sizes["tensor"])
     if candidate.remat == "offload":
         kept = 2 * per_width
-    gradient = adapter_bytes(workload, editor)
+    gradient = adapter_bytes(workload, editor, candidate)
     return _summed(arguments, kept + BLOCK_WIDTHS * per_width / sizes["tensor"] + fetched + gradient)
 
 
@@ -180,7 +180,7 @@ def formula_exchange(workload: Workload, editor: Editor, candidate: Candidate, p
     out = {axis: runs * size for axis, size in per_pass.items()} | {DATA: 0.0}
     if phase == "train":
         for axis in (DATA, FSDP):
-            out[axis] += 2 * adapter_bytes(workload, editor) * others[axis]
+            out[axis] += 2 * adapter_bytes(workload, editor, candidate) * others[axis]
     return out
 
 
